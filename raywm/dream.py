@@ -1,0 +1,98 @@
+"""The imagination loop: a policy acts in a world model's own predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raywm.models.base import Noise, State, WorldModel, repeat
+
+Policy = Callable[[Tensor, int], Tensor]  # features (B, F), t -> encoded action (B, A)
+
+
+class Dream(NamedTuple):
+    """A dream of H steps from B starts, with gradients. Row t of `reward` and `cont` was received on arriving in
+    `states[t + 1]`; `action[t]` led there."""
+
+    states: State  # leaves (H + 1, B, ...)
+    features: Tensor  # (H + 1, B, F)
+    action: Tensor  # (H, B, A)
+    reward: Tensor  # (H, B)
+    cont: Tensor  # (H, B)
+
+
+def dream(
+    model: WorldModel,
+    policy: Policy,
+    start: State,
+    horizon: int,
+    rng: torch.Generator,
+    temperature: float = 1.0,
+) -> Dream:
+    """Imagine `horizon` steps from `start` (leaves (B, ...)), keeping everything, gradients included."""
+    state = start
+    batch = next(iter(start.values())).shape[0]
+    states, features, actions, rewards, conts = [state], [model.features(state)], [], [], []
+    for t in range(horizon):
+        action = policy(features[-1], t)
+        state, reward, cont = model.imagine(state, action, model.noise(batch, rng), temperature)
+        states.append(state)
+        features.append(model.features(state))
+        actions.append(action)
+        rewards.append(reward)
+        conts.append(cont)
+    return Dream(
+        {k: torch.stack([s[k] for s in states]) for k in start},
+        torch.stack(features),
+        torch.stack(actions),
+        torch.stack(rewards),
+        torch.stack(conts),
+    )
+
+
+@torch.inference_mode()
+def dream_returns(
+    model: WorldModel,
+    policy: Policy,
+    start: State,
+    horizon: int,
+    rng: torch.Generator,
+    temperature: float = 1.0,
+    *,
+    candidates: int = 1,
+    sampled_ends: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Undiscounted returns of dreams, in memory that does not grow with the horizon, without gradients.
+
+    Args:
+        start: E starts, leaves (E, ...). Each is dreamt from by every one of `candidates` P, candidate-major: the
+            policy sees (P * E, F). Candidates share the noise of their start (common random numbers).
+        sampled_ends: a dream ends when a uniform draw exceeds its continuation (World Models), else each reward is
+            weighted by the probability of having come so far.
+
+    Returns:
+        returns (P * E,) and the expected or sampled lengths in steps (P * E,). A dream ends early once no row lives.
+    """
+    starts = next(iter(start.values())).shape[0]
+    state = repeat(start, candidates)
+    alive = torch.ones(candidates * starts, device=rng.device)
+    total, length = torch.zeros_like(alive), torch.zeros_like(alive)
+    for t in range(horizon):
+        action = policy(model.features(state), t)
+        noise = shared(model.noise(starts, rng), candidates)
+        ends = torch.rand(starts, generator=rng, device=rng.device).repeat(candidates) if sampled_ends else None
+        state, reward, cont = model.imagine(state, action, noise, temperature)
+        total += alive * reward
+        length += alive
+        alive = alive * (cont if ends is None else ends < cont)
+        if t % 16 == 15 and not bool(alive.any()):  # a look costs a synchronisation on a GPU
+            break
+    return total, length
+
+
+def shared(noise: Noise, candidates: int) -> Noise:
+    """Noise drawn for E starts, for P x E rows: every candidate meets the same luck."""
+    return repeat(noise, candidates)

@@ -1,0 +1,106 @@
+"""What a dream worker does: hold one model and some starts, and dream for controllers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from raywm.controllers import Controller, PopulationPolicy
+from raywm.dream import dream_returns
+from raywm.learners.reinforce import Reinforce
+from raywm.models import build_model
+from raywm.models.base import State, take
+from raywm.seeding import derive
+from raywm.spaces import ActionCodec
+
+
+class DreamWorker:
+    """Evaluates units of controllers in one model's dreams. Plain: `runtime` makes it an actor.
+
+    What it returns is a function of the weights, the unit and the seed alone: units have one shape and the worker a
+    fixed number of threads, because another batch shape or thread count may round differently.
+
+    Args:
+        spec: "model" (arguments of `build_model`), "controller" (arguments of `Controller`), "codec" (ActionCodec).
+        starts: dreams a controller, all candidates from the same starts; horizon: steps of a dream at the most;
+        temperature, sampled_ends: see `dream_returns`; precision: fp32 | bf16; threads: 0 leaves torch's.
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        *,
+        starts: int,
+        horizon: int,
+        temperature: float = 1.0,
+        sampled_ends: bool = True,
+        precision: str = "fp32",
+        threads: int = 1,
+        device: str = "cpu",
+    ):
+        if threads:
+            torch.set_num_threads(threads)
+        self.model = build_model(**spec["model"]).to(device).eval()
+        self.controller, self.codec = Controller(**spec["controller"]), spec["codec"]
+        self.starts, self.horizon, self.temperature = starts, horizon, temperature
+        self.sampled_ends, self.bf16, self.device = sampled_ends, precision == "bf16", device
+        self.pool: State = {}
+
+    def load(self, weights: dict[str, torch.Tensor], pool: State) -> None:
+        """Take a model's weights and the real states that dreams may start from, leaves (N, ...)."""
+        self.model.load_state_dict(weights)
+        self.pool = {k: v.to(self.device) for k, v in pool.items()}
+
+    def _begin(self, seed: int) -> tuple[State, torch.Generator]:
+        rng = torch.Generator(self.device).manual_seed(seed)
+        count = next(iter(self.pool.values())).shape[0]
+        index = torch.randint(count, (self.starts,), generator=rng, device=self.device)
+        return self.perturb(take(self.pool, index), rng), rng
+
+    def perturb(self, start: State, rng: torch.Generator) -> State:
+        """A start's latent is a distribution: dreams begin at samples of it."""
+        if "z_std" not in start:
+            return start
+        state = {k: v for k, v in start.items() if k != "z_std"}
+        noise = torch.randn(state["z"].shape, generator=rng, device=rng.device)
+        return state | {"z": state["z"] + start["z_std"] * noise}
+
+    def evaluate(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+        """Mean dream returns (P,) of controllers (P, D), and the dream steps they lived."""
+        start, rng = self._begin(seed)
+        policy = PopulationPolicy(self.controller, self.codec, torch.tensor(theta, dtype=torch.float32).to(self.device))
+        total, length = self._returns(policy, start, rng, len(theta))
+        return total.view(len(theta), -1).mean(1).double().cpu().numpy(), int(length.sum())
+
+    def _returns(self, policy: Any, start: State, rng: torch.Generator, candidates: int) -> Any:
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
+            return dream_returns(
+                self.model,
+                policy,
+                start,
+                self.horizon,
+                rng,
+                self.temperature,
+                candidates=candidates,
+                sampled_ends=self.sampled_ends,
+            )
+
+    def scripted(self, actions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Dream returns and lengths (E,) of actions (H, E, A) drawn beforehand: a policy that does not look."""
+        given = torch.from_numpy(actions).to(self.device)
+        rng = torch.Generator(self.device).manual_seed(seed)
+        count = next(iter(self.pool.values())).shape[0]
+        index = torch.arange(actions.shape[1], device=self.device) % count
+        start = self.perturb(take(self.pool, index), rng)
+        total, length = self._returns(lambda _, t: given[t], start, rng, 1)
+        return total.double().cpu().numpy(), length.double().cpu().numpy()
+
+    def reinforce(self, state: dict[str, np.ndarray], seed: int, **sizes: Any) -> tuple[dict[str, np.ndarray], dict]:
+        """One REINFORCE update in the dream; `state` is the learner's, as `Reinforce.state`."""
+        start, rng = self._begin(seed)
+        learner = Reinforce(self.controller, self.codec, **sizes)
+        learner.load(state)
+        metrics = learner.update(self.model, start, self.horizon, rng, self.temperature)
+        return learner.state(), metrics

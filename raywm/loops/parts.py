@@ -1,0 +1,142 @@
+"""What a run's config builds, in whatever process: models, trainers, dream workers, agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+
+from raywm.agent import RandomAgent, StickyAgent
+from raywm.config import RunConfig
+from raywm.controllers import Controller, ControllerAgent
+from raywm.data.store import Snapshot
+from raywm.envs import make_env
+from raywm.evaluate import open_loop_error
+from raywm.fit import Trainer
+from raywm.learners.fitness import DreamWorker
+from raywm.models import build_model
+from raywm.seeding import derive
+from raywm.spaces import ActionCodec, is_image
+
+DEFAULT_HORIZON = 1000  # of dreams of an environment that names no time limit
+
+
+class Parts:
+    """A config and what its environment says of itself: the one place where both meet."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        env = make_env(config.env)
+        try:
+            self.columns = dict(env.observation_space.spaces)
+            self.codec = ActionCodec(env.action_space)
+            self.horizon = config.dream.horizon or time_limit(env) or DEFAULT_HORIZON
+        finally:
+            env.close()
+        m, c = config.model, config.controller
+        shapes = {k: (tuple(box.shape), is_image(box)) for k, box in self.columns.items()}
+        model = {"kind": "vm", "columns": shapes, "act_dim": self.codec.dim, "features": c.features, **dict(m)}
+        torch.manual_seed(derive(config.seed, "model"))
+        built = build_model(**model)
+        self.weights = {k: v.clone() for k, v in built.state_dict().items()}  # the first ones, of the run's seed
+        controller = {"feat_dim": built.feat_dim, "act_dim": self.codec.dim, "kind": c.kind, "hidden": c.hidden}
+        self.spec = {"model": model, "controller": controller, "codec": self.codec}
+        self.controller = Controller(**controller)
+
+    def first_agent(self) -> Any:
+        collect = self.config.collect
+        return RandomAgent(self.codec) if collect.policy == "random" else StickyAgent(self.codec, collect.hold)
+
+    def agent(self, weights: dict[str, torch.Tensor], theta: np.ndarray, version: int = 0) -> ControllerAgent:
+        model = build_model(**self.spec["model"])
+        model.load_state_dict(weights)
+        return ControllerAgent(model, self.controller, self.codec, theta, version=version)
+
+    def dream_arguments(self) -> dict[str, Any]:
+        """Arguments of every `DreamWorker` of the run."""
+        d = self.config.dream
+        return {
+            "starts": self.config.evolve.rollouts,
+            "horizon": self.horizon,
+            "temperature": d.temperature,
+            "sampled_ends": d.sampled_ends,
+            "precision": d.precision,
+            "threads": d.threads,
+        }
+
+    def dream_worker(self) -> DreamWorker:
+        return DreamWorker(self.spec, **self.dream_arguments())
+
+    def fit_worker(self) -> FitWorker:
+        return FitWorker(self.spec, self.config.seed, dict(self.config.fit))
+
+
+def time_limit(env: gymnasium.Env) -> int | None:
+    """The steps after which the environment itself ends an episode, if it says."""
+    spec = getattr(env, "spec", None)
+    return getattr(spec, "max_episode_steps", None)
+
+
+class FitWorker:
+    """A trainer and what is measured of its model after a fit. Plain: `runtime` makes it an actor."""
+
+    def __init__(self, spec: dict[str, Any], seed: int, fit: dict[str, Any]):
+        fit = dict(fit)
+        if threads := fit.pop("threads"):
+            torch.set_num_threads(threads)
+        device = "cuda" if fit.pop("num_gpus") and torch.cuda.is_available() else "cpu"
+        self.seed, self.codec, self.held_out = seed, spec["codec"], fit["held_out"]
+        self.trainer = Trainer(build_model(**spec["model"]), seed, device=device, **fit)
+
+    def load(self, weights: dict[str, torch.Tensor], optimisers: dict[str, torch.Tensor]) -> None:
+        """Go back to the state that a fit begins from: what the driver holds, so that a repeated fit is the same."""
+        self.trainer.model.load_state_dict(weights)
+        self.trainer.load_optimisers(optimisers)
+
+    def fit(self, snapshot: Snapshot, iteration: int, report: Any = lambda **_: None) -> dict[str, Any]:
+        """Fit to a snapshot.
+
+        Returns:
+            "weights", "optimisers" (flat dicts of CPU tensors), "rows" (metrics by look), "starts" (the states on
+            first rows, with "z_std"), "quality" (open-loop error on held-out episodes).
+        """
+        trainer = self.trainer
+        rows = trainer.fit(snapshot, iteration, report)
+        _, held = snapshot.split(self.held_out)
+        model = trainer.model.cpu().eval()
+        rng = torch.Generator().manual_seed(derive(self.seed, "open-loop", iteration))
+        latents = [trainer.latents[e.id] for e in held.episodes]
+        quality = open_loop_error(model, self.codec, held.episodes, latents, rng)
+        firsts = [trainer.latents[e.id] for e in snapshot.episodes]
+        starts = model.initial(len(firsts))
+        starts["z"] = torch.from_numpy(np.stack([z["z_mean"][0] for z in firsts]))
+        starts["z_std"] = torch.from_numpy(np.stack([z["z_std"][0] for z in firsts]))
+        weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+        trainer.model.to(trainer.device)
+        return {
+            "weights": weights,
+            "optimisers": trainer.optimiser_tensors(),
+            "rows": rows,
+            "starts": starts,
+            "quality": quality,
+        }
+
+
+def units(theta: np.ndarray, size: int) -> list[np.ndarray]:
+    """(P, D) cut into units of `size` controllers, the last filled up with its own last row: one shape for all."""
+    short = -len(theta) % size
+    padded = np.concatenate([theta, np.repeat(theta[-1:], short, 0)])
+    return list(padded.reshape(-1, size, theta.shape[1]))
+
+
+def in_order(results: Iterable[tuple[int, int, float]], first: int) -> Iterator[tuple[int, int, float]]:
+    """Results (number, ...) in the order of their numbers from `first` on, each as soon as those before it are in."""
+    waiting: dict[int, tuple[int, int, float]] = {}
+    for result in results:
+        waiting[result[0]] = result
+        while first in waiting:
+            yield waiting.pop(first)
+            first += 1

@@ -149,7 +149,7 @@ class DreamConfig(Section):
     """Dreaming."""
 
     workers: Count = Field(2, description="Dream actors.")
-    horizon: Count = Field(500, description="Steps of a dream, at most.")
+    horizon: Count | None = Field(None, description="Steps of a dream, at most; none: the environment's time limit.")
     temperature: Positive = Field(1.0, description="Of M's mixture: divides the logits, scales sigma by its root.")
     unit: Count = Field(16, description="Controllers evaluated as one batch.")
     threads: Count = Field(1, description="CPU threads of a dream worker.")

@@ -53,10 +53,10 @@ class DreamWorker:
         self.model.load_state_dict(weights)
         self.pool = {k: v.to(self.device) for k, v in pool.items()}
 
-    def _begin(self, seed: int) -> tuple[State, torch.Generator]:
+    def _begin(self, seed: int, dreams: int) -> tuple[State, torch.Generator]:
         rng = torch.Generator(self.device).manual_seed(seed)
         count = next(iter(self.pool.values())).shape[0]
-        index = torch.randint(count, (self.starts,), generator=rng, device=self.device)
+        index = torch.randint(count, (dreams,), generator=rng, device=self.device)
         return self.perturb(take(self.pool, index), rng), rng
 
     def perturb(self, start: State, rng: torch.Generator) -> State:
@@ -69,10 +69,17 @@ class DreamWorker:
 
     def evaluate(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
         """Mean dream returns (P,) of controllers (P, D), and the dream steps they lived."""
-        start, rng = self._begin(seed)
+        start, rng = self._begin(seed, self.starts)
         policy = PopulationPolicy(self.controller, self.codec, torch.tensor(theta, dtype=torch.float32).to(self.device))
         total, length = self._returns(policy, start, rng, len(theta))
         return total.view(len(theta), -1).mean(1).double().cpu().numpy(), int(length.sum())
+
+    def rate(self, theta: np.ndarray, seed: int, dreams: int = 256) -> tuple[float, int]:
+        """One controller's (D,) mean return over many dreams, and the steps it lived."""
+        start, rng = self._begin(seed, dreams)
+        parameters = torch.tensor(theta[None], dtype=torch.float32).to(self.device)
+        total, length = self._returns(PopulationPolicy(self.controller, self.codec, parameters), start, rng, 1)
+        return float(total.double().mean()), int(length.sum())
 
     def _returns(self, policy: Any, start: State, rng: torch.Generator, candidates: int) -> Any:
         with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
@@ -99,7 +106,7 @@ class DreamWorker:
 
     def reinforce(self, state: dict[str, np.ndarray], seed: int, **sizes: Any) -> tuple[dict[str, np.ndarray], dict]:
         """One REINFORCE update in the dream; `state` is the learner's, as `Reinforce.state`."""
-        start, rng = self._begin(seed)
+        start, rng = self._begin(seed, self.starts)
         learner = Reinforce(self.controller, self.codec, **sizes)
         learner.load(state)
         metrics = learner.update(self.model, start, self.horizon, rng, self.temperature)

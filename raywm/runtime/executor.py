@@ -1,0 +1,229 @@
+"""Who does a loop's work: Ray actors. The twin of `raywm.loops.executor.InProcess`, with the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raywm.config import RunConfig
+from raywm.learners.fitness import DreamWorker
+from raywm.loops.executor import Played
+from raywm.loops.parts import Parts, units
+from raywm.runtime.cluster import connect
+from raywm.runtime.pool import WorkerPool
+from raywm.runtime.workers import Board, CollectWorker, FitActor, StoreWorker
+
+
+class _DreamActor(DreamWorker):
+    def __init__(self, spec: dict[str, Any], arguments: dict[str, Any]):
+        super().__init__(spec, **arguments)
+
+
+class RayExecutor:
+    """Collectors, one trainer and a dream pool, none of which can stop a run by dying.
+
+    Episodes go from collectors to the store and from there to the trainer; the driver sees counts, metrics and weights.
+    The store lives on the driver's node, where the run directory is. Collectors and dream workers are pools: work of a
+    dead or silent worker is done again by another, and since work is a function of its arguments, with the same result.
+
+    Args:
+        config: the run's; out: the run directory; address: of a running cluster, else a private local Ray starts.
+    """
+
+    def __init__(self, config: RunConfig, out: Path, address: str | None = None, say: Callable[[str], None] = print):
+        self.config, self.parts, self.say = config, Parts(config), say
+        self.threads = config.fit.threads or 1
+        needed = config.collect.workers + config.dream.workers * config.dream.threads + self.threads
+        self._started = not ray.is_initialized()
+        if self._started:
+            connect(address or config.address, needed, config.fit.num_gpus, say=say, env_id=config.env.id)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        columns, codec = self.parts.columns, self.parts.codec
+        path = str((Path(out) / "episodes").resolve())
+        self.store = (
+            ray.remote(StoreWorker)
+            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+            .remote(path, columns, codec)
+        )
+        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self._pools: dict[str, WorkerPool] = {}
+        ray.get(self.store.where.remote())  # a broken store speaks up here
+
+    # ------------------------------------------------------------------------------------------------ workers
+
+    def _pool(self, name: str) -> WorkerPool:
+        """Pools start when they are first needed: a run that only fits starts no collectors."""
+        if name not in self._pools:
+            c, spec = self.config, self.parts.spec
+            kinds: dict[str, Callable[[], dict[str, Any]]] = {
+                "collect": lambda: {
+                    "cls": CollectWorker,
+                    "args": (c.env, c.seed, c.collect.envs, self.store),
+                    "count": c.collect.workers,
+                    "options": {"num_cpus": 1},
+                    "timeout_s": c.collect.timeout_s,
+                },
+                "fit": lambda: {
+                    "cls": FitActor,
+                    "args": (spec, c.seed, dict(c.fit), self.store, self.board),
+                    "count": 1,
+                    "options": {"num_cpus": self.threads, "num_gpus": c.fit.num_gpus},
+                    "timeout_s": None,
+                },
+                "dream": lambda: {
+                    "cls": _DreamActor,
+                    "args": (spec, self.parts.dream_arguments()),
+                    "count": c.dream.workers,
+                    "options": {"num_cpus": c.dream.threads},
+                    "timeout_s": c.dream.timeout_s,
+                },
+            }
+            self._pools[name] = WorkerPool(name=name, on_death=self._on_death, say=self.say, **kinds[name]())
+        return self._pools[name]
+
+    def warm(self) -> None:
+        """Start all workers now, while there is something else to do."""
+        for name in ("collect", "fit", "dream"):
+            self._pool(name)
+
+    def _on_death(self, pool: str, reason: str) -> None:
+        self.say(f"{pool}: {reason}; its work goes to another")
+
+    @property
+    def deaths(self) -> int:
+        """Workers that died and were replaced."""
+        return sum(pool.deaths for pool in self._pools.values())
+
+    def pids(self) -> dict[str, list[int]]:
+        """Process ids by pool, for tests that kill them."""
+        return {name: pool.pids() for name, pool in self._pools.items()}
+
+    def __enter__(self) -> RayExecutor:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for pool in self._pools.values():
+            pool.shutdown()
+        with contextlib.suppress(Exception):
+            ray.get(self.store.close.remote(), timeout=30)
+        if self._started:
+            ray.shutdown()
+        else:
+            ray.kill(self.store)
+            ray.kill(self.board)
+
+    # ------------------------------------------------------------------------------------------------ reality
+
+    def set_agent(self, agent: Any) -> None:
+        """The agent that plays from now on, sent once for all collectors."""
+        self._pool("collect").broadcast("set_agent", agent)
+
+    def _chunks(self, numbers: Iterator[int], size: int) -> Iterator[list[int]]:
+        while chunk := list(itertools.islice(numbers, size)):
+            yield chunk
+
+    def collect(self, numbers: Iterator[int], stream: str) -> Iterator[Played]:
+        """Play episodes `numbers` and hold them in the store until `commit`; in the order of their ends."""
+        size = self.config.collect.envs
+        if hasattr(numbers, "__len__") or hasattr(numbers, "__length_hint__"):  # a finite few: an equal share each
+            count = numbers.__length_hint__() if hasattr(numbers, "__length_hint__") else len(numbers)
+            size = max(1, min(size, -(-count // self.config.collect.workers)))
+        work = ((tuple(c), (c, stream)) for c in self._chunks(iter(numbers), size))
+        results = self._pool("collect").map("collect", work)
+        self._stream = stream
+        try:
+            for _, played in results:
+                yield from played
+        finally:
+            results.close()
+
+    def commit(self, numbers: Sequence[int]) -> None:
+        """Have the store write these of the held episodes, in this order; what a lost store forgot is played again."""
+        ids = [f"{self._stream}-{n:09d}" for n in numbers]
+        for _ in range(5):
+            missing = ray.get(self.store.commit.remote(ids))
+            if not missing:
+                return
+            again = [int(i.rsplit("-", 1)[1]) for i in missing]
+            for _ in self._pool("collect").map("collect", [(tuple(again), (again, self._stream))]):
+                pass
+        raise RuntimeError(f"the store lost episodes {missing[:3]}... five times over; look at its node")
+
+    def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
+        """Play episodes without keeping them, in order of their numbers."""
+        work = ((tuple(c), (c, stream)) for c in self._chunks(iter(numbers), self.config.collect.envs))
+        return sorted(p for _, played in self._pool("collect").map("play", work) for p in played)
+
+    def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> tuple[np.ndarray, int]:
+        """Mean real returns (P,) of controllers (P, D), each playing the same episodes; and the steps it took."""
+        work = ((i, (t, list(numbers), stream)) for i, t in enumerate(theta))
+        played = dict(self._pool("collect").map("real_fitness", work))
+        means = [float(np.mean([p[2] for p in sorted(played[i])])) for i in range(len(theta))]
+        return np.array(means), sum(p[1] for each in played.values() for p in each)
+
+    # ------------------------------------------------------------------------------------------------ the model
+
+    def fit(
+        self,
+        weights: dict[str, torch.Tensor],
+        optimisers: dict[str, torch.Tensor],
+        ids: Sequence[str],
+        iteration: int,
+        report: Callable[..., None],
+    ) -> dict[str, Any]:
+        """Fit from these weights to these episodes; see `FitWorker.fit`."""
+        pool = self._pool("fit")
+        pool.broadcast("load", weights, optimisers)
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(1.0):
+                with contextlib.suppress(Exception):
+                    if progress := ray.get(self.board.get.remote(), timeout=5):
+                        report(**progress)
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            ((_, result),) = pool.map("fit", [(iteration, (list(ids), iteration))])
+            return result
+        finally:
+            done.set()
+            thread.join(10)
+
+    def load_dream(self, weights: dict[str, torch.Tensor], starts: dict[str, torch.Tensor]) -> None:
+        """The model that is dreamt in from now on, sent once for all dream workers."""
+        self._pool("dream").broadcast("load", weights, starts)
+
+    def fitness(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
+        """Mean dream returns (P,) of controllers (P, D) and the dream steps it took."""
+        work = [(i, (unit, seed)) for i, unit in enumerate(units(theta, self.config.dream.unit))]
+        done = dict(self._pool("dream").map("evaluate", work))
+        parts = [done[i] for i in range(len(work))]
+        return np.concatenate([p[0] for p in parts])[: len(theta)], sum(p[1] for p in parts)
+
+    def _one(self, method: str, *args: Any) -> Any:
+        ((_, result),) = self._pool("dream").map(method, [(method, args)])
+        return result
+
+    def rate(self, theta: np.ndarray, seed: int) -> tuple[float, int]:
+        """One controller's mean return over many dreams."""
+        return self._one("rate", theta, seed)
+
+    def scripted(self, actions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Dream returns and lengths (E,) of given actions (H, E, A)."""
+        return self._one("scripted", actions, seed)
+
+    def reinforce(self, state: dict[str, np.ndarray], seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """One REINFORCE update in the dream."""
+        return self._one("reinforce", state, seed)

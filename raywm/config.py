@@ -1,0 +1,452 @@
+"""A run's configuration: strict typed sections, YAML presets shipped in the package, ``key=value`` overrides.
+
+Everything that a person can get wrong is a `ValueError` of one line that names the key, what it got and what it
+expected. Objects are frozen: a run's config does not change while it runs. This module imports nothing of raywm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import types
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+# What YAML 1.2 calls a float and PyYAML (YAML 1.1) hands over as a string: 1e-4, 2E3, 1.5e-3.
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+
+
+def _number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class EnvConfig(Section):
+    """The environment, and what is done to it before anyone sees it."""
+
+    id: str = Field(min_length=1, description="A gymnasium id, or 'module:EnvClass'.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments of the environment's constructor.")
+    crop: Annotated[tuple[Natural, Natural, Natural, Natural], BeforeValidator(_tuple)] | None = Field(
+        None, description="Pixels cut off images at the [top, bottom, left, right]."
+    )
+    resize: Annotated[tuple[Count, Count], BeforeValidator(_tuple)] | None = Field(
+        None, description="Images are scaled to [height, width], after the crop."
+    )
+    grayscale: bool = Field(False, description="Images lose their colour.")
+    action_repeat: Count = Field(1, description="Times that an action is applied; one step of the run is all of them.")
+    time_limit: Count | None = Field(None, description="Steps after which an episode is truncated.")
+
+
+class BudgetConfig(Section):
+    """When to stop spending."""
+
+    real_steps: Count | None = Field(None, description="Real environment steps after which the run ends.")
+
+
+class TargetConfig(Section):
+    """When to stop because it is good enough."""
+
+    real_return: Number | None = Field(None, description="Mean return of a turn's greedy trial episodes to stop at.")
+    episodes: Count = Field(5, description="Greedy trial episodes a turn.")
+
+
+class CollectConfig(Section):
+    """Playing in the real environment."""
+
+    workers: Count = Field(2, description="Collector actors.")
+    envs: Count = Field(8, description="Environments an actor plays at once.")
+    policy: Literal["random", "sticky"] = Field("random", description="Who plays first; sticky holds its actions.")
+    hold: Count = Field(10, description="The sticky policy holds an action for 1 to this many steps.")
+    initial_steps: Count = Field(4000, description="Real steps before the first fit.")
+    episodes: Count = Field(10, description="Episodes a turn, played with the controller.")
+    explore: Fraction = Field(0.1, description="Chance a step of a random action, in episodes that are no trials.")
+    timeout_s: Positive = Field(300.0, description="Seconds after which a collector's answer counts as lost.")
+
+
+class ModelConfig(Section):
+    """The world model: vision (V) and memory (M)."""
+
+    vision: Literal["auto", "identity", "mlp", "conv"] = Field(
+        "auto", description="V; auto is identity for vectors and conv for images."
+    )
+    latent: Count = Field(32, description="Size of z (mlp, conv).")
+    beta: NonNegative = Field(1.0, description="Weight of V's KL term.")
+    free_bits: NonNegative = Field(0.0, description="Nats a latent dimension below which the KL costs nothing.")
+    hidden: Count = Field(256, description="Size of the LSTM's h.")
+    mixtures: Count = Field(5, description="Gaussians in M's mixture.")
+    joint: bool = Field(True, description="One mixture over all of z; false: one a dimension, as in the paper.")
+    residual: bool = Field(True, description="M predicts z' - z rather than z'.")
+    terminal_weight: Positive = Field(10.0, description="Weight of terminal rows in the continuation loss.")
+    head_hidden: Count = Field(128, description="Hidden units of the reward and continuation heads.")
+
+
+class FitConfig(Section):
+    """Fitting the world model to the episodes."""
+
+    vision_steps: Count = Field(2000, description="Gradient steps of V a turn, at most.")
+    vision_batch: Count = Field(128, description="Frames a batch of V.")
+    memory_steps: Count = Field(1500, description="Gradient steps of M a turn, at most.")
+    batch: Count = Field(32, description="Sequences a batch of M.")
+    sequence: int = Field(64, ge=2, description="Rows a sequence.")
+    lr: Positive = Field(1e-3, description="Adam's learning rate.")
+    held_out: Annotated[float, BeforeValidator(_number)] = Field(
+        0.1, gt=0, lt=1, description="Share of the episodes kept for evaluating fits."
+    )
+    patience: Count = Field(5, description="Evaluations without improvement before a fit stops.")
+    evaluate_every: Count = Field(100, description="Gradient steps between two evaluations on held-out episodes.")
+    threads: Natural = Field(0, description="CPU threads of a trainer; 0 takes all cores.")
+    num_gpus: NonNegative = Field(0.0, description="GPUs that the trainer actor reserves.")
+
+
+class ControllerConfig(Section):
+    """The controller (C)."""
+
+    kind: Literal["linear", "mlp"] = Field("linear", description="How scores follow from features.")
+    hidden: Count = Field(16, description="Hidden units (mlp).")
+    features: Literal["z", "zh", "zhc"] = Field("zh", description="What the controller sees of the model's state.")
+
+
+class EvolveConfig(Section):
+    """Training the controller."""
+
+    learner: Literal["cmaes", "reinforce"] = Field("cmaes", description="The algorithm.")
+    where: Literal["dream", "real", "both"] = Field(
+        "dream", description="Where it learns; both: in the dream, then in the real environment."
+    )
+    population: int = Field(32, ge=4, description="Candidates a generation.")
+    rollouts: Count = Field(16, description="Dreams a candidate, the same starts for all.")
+    generations: Count = Field(30, description="Generations a turn in the dream.")
+    sigma: Positive = Field(0.5, description="CMA-ES's first step size.")
+    separable: Literal["auto"] | bool = Field(
+        "auto", description="Diagonal covariance only; auto: for large controllers."
+    )
+    real_rollouts: Count = Field(2, description="Real episodes a candidate.")
+    real_generations: Count = Field(10, description="Generations a turn in the real environment.")
+
+
+class DreamConfig(Section):
+    """Dreaming."""
+
+    workers: Count = Field(2, description="Dream actors.")
+    horizon: Count = Field(500, description="Steps of a dream, at most.")
+    temperature: Positive = Field(1.0, description="Of M's mixture: divides the logits, scales sigma by its root.")
+    unit: Count = Field(16, description="Controllers evaluated as one batch.")
+    threads: Count = Field(1, description="CPU threads of a dream worker.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the dream's matrix products.")
+    sampled_ends: bool = Field(True, description="Dreams end by a draw; false: returns weighted by survival.")
+    timeout_s: Positive = Field(300.0, description="Seconds after which a dream worker's answer counts as lost.")
+
+
+class EvaluateConfig(Section):
+    """The final measurement, which decides nothing."""
+
+    episodes: Count = Field(100, description="Real episodes.")
+
+
+class LogConfig(Section):
+    """Where metrics go, beside metrics.jsonl."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard events.")
+    console: bool = Field(True, description="Show progress and results.")
+
+
+class RunConfig(Section):
+    """Everything that decides what a run does."""
+
+    seed: Natural = Field(0, description="The one seed that every random stream derives from.")
+    iterations: Count = Field(10, description="Turns of the loop, at most.")
+    address: str | None = Field(None, description="Ray cluster to join; without one a private local Ray starts.")
+    env: EnvConfig
+    budget: BudgetConfig = BudgetConfig()
+    target: TargetConfig = TargetConfig()
+    collect: CollectConfig = CollectConfig()
+    model: ModelConfig = ModelConfig()
+    fit: FitConfig = FitConfig()
+    controller: ControllerConfig = ControllerConfig()
+    evolve: EvolveConfig = EvolveConfig()
+    dream: DreamConfig = DreamConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: Any) -> Any:
+        # "model:" with nothing below it is None in YAML and means the defaults
+        if isinstance(data, dict):
+            return {k: {} if v is None and k != "address" else v for k, v in data.items()}
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> RunConfig:
+        if self.evolve.learner == "reinforce" and self.evolve.where != "dream":
+            raise ValueError(
+                f"evolve.where: got '{self.evolve.where}', expected 'dream' with evolve.learner=reinforce; "
+                "only cmaes evolves in the real environment"
+            )
+        return self
+
+
+# What may differ when a run is resumed: where and how far it runs, never what it computes.
+RESUMABLE = (
+    "iterations",
+    "address",
+    "collect.workers",
+    "collect.timeout_s",
+    "dream.workers",
+    "dream.timeout_s",
+    "budget.*",
+    "target.*",
+    "evaluate.*",
+    "log.*",
+)
+
+
+def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key, e.g. 'collect.workers'."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def presets() -> list[str]:
+    """Names of the presets that ship with the package."""
+    return sorted(p.name[:-5] for p in _preset_dir().iterdir() if p.name.endswith(".yaml"))
+
+
+def load(preset_or_file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a preset or a YAML file, with ``key=value`` overrides applied in order.
+
+    Raises ValueError: unknown preset or key (with the nearest right one), wrong type or value, YAML that does not parse.
+    """
+    source = str(preset_or_file)
+    data = _read(preset_or_file)
+    for override in overrides:
+        _override(data, override)
+    return parse(data, source)
+
+
+def parse(data: dict[str, Any], source: str = "config") -> RunConfig:
+    """A RunConfig from nested dicts, errors in one line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_explain(e, data) for e in error.errors()))
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        raise ValueError(f"{source}: {lines[0]}{more}") from error
+
+
+def dumps(config: RunConfig) -> str:
+    """The resolved config as YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def save(config: RunConfig, path: str | Path) -> None:
+    """Write the resolved config; whoever reads the file finds the old or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(dumps(config))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def diff_for_resume(old: RunConfig, new: RunConfig) -> None:
+    """Raise ValueError, naming the key, if `new` changes anything that a resumed run may not change."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    changed = [k for k in {**before, **after} if before.get(k) != after.get(k) and not _resumable(k)]
+    if changed:
+        key = changed[0]
+        more = f" (also changed: {', '.join(changed[1:])})" if changed[1:] else ""
+        raise ValueError(
+            f"{key}: got {_show(after.get(key))}, but the run was started with {_show(before.get(key))}{more}; only "
+            f"{', '.join(RESUMABLE)} may change at a resume: restore it, or start a new run in another directory"
+        )
+
+
+def _resumable(key: str) -> bool:
+    return any(key == r or (r.endswith(".*") and key.startswith(r[:-1])) for r in RESUMABLE)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _preset_dir() -> Any:
+    # beside this file, found through the package's loader: zip-safe, and no import of raywm
+    return resources.files(__package__ or "raywm").joinpath("presets")
+
+
+def _read(preset_or_file: str | Path) -> dict[str, Any]:
+    name = str(preset_or_file)
+    if isinstance(preset_or_file, Path) or name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = Path(preset_or_file)
+        if path.is_dir():
+            raise ValueError(f"config {name}: got a directory, expected a YAML file or one of: {', '.join(presets())}")
+        try:
+            text = path.read_text()
+        except FileNotFoundError:
+            raise ValueError(f"no config file {name}; give a YAML file or one of: {', '.join(presets())}") from None
+        except (UnicodeDecodeError, PermissionError) as error:
+            raise ValueError(f"config {name} cannot be read: {error}") from None
+    elif name in presets():
+        text = _preset_dir().joinpath(f"{name}.yaml").read_text()
+    else:
+        near = _nearest(name, presets())
+        hint = f"did you mean '{near}'? " if near else ""
+        raise ValueError(f"unknown preset '{name}'; {hint}presets: {', '.join(presets())}; a file ends in .yaml")
+    data = _yaml(text, name)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: got {_show(data)}, expected a mapping of config keys")
+    return data
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ValueError(f"{source}: bad YAML{where}: {' '.join(str(problem).split())}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override: got '{override}', expected key=value, e.g. collect.workers=4")
+    value = _yaml(text, f"override '{override}'")
+    *path, last = key.split(".")
+    if not all([*path, last]):
+        raise ValueError(f"override: got '{override}', expected a key like collect.workers")
+    for depth, part in enumerate(path):
+        if data.get(part) is None:
+            data[part] = {}
+        elif not isinstance(data[part], dict):
+            raise ValueError(_unknown(key, f"; '{'.'.join(path[: depth + 1])}' is a value, not a section"))
+        data = data[part]
+    data[last] = value
+
+
+def _nearest(name: str, choices: Sequence[str]) -> str | None:
+    exact_leaf = [c for c in choices if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    matches = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if exact_leaf:
+        return max(exact_leaf, key=lambda c: difflib.SequenceMatcher(None, name, c).ratio())
+    if matches:
+        return matches[0]
+    # a typo of the last part alone: 'workerz' is near 'collect.workers' only by its leaf
+    leaf = difflib.get_close_matches(name.rsplit(".", 1)[-1], [c.rsplit(".", 1)[-1] for c in choices], n=1)
+    return next((c for c in choices if leaf and c.rsplit(".", 1)[-1] == leaf[0]), None)
+
+
+def _unknown(key: str, note: str = "") -> str:
+    near = _nearest(key, [*keys(), *RunConfig.model_fields])
+    return f"unknown key '{key}'{note}" + (f"; did you mean '{near}'?" if near else "; see config.yaml of any run")
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _field(path: Sequence[str]) -> tuple[list[str], Any]:
+    """The config key that an error's location belongs to (union members and indices cut off), and its annotation."""
+    annotation: Any = RunConfig
+    for i, part in enumerate(path):
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return list(path[:i]), annotation
+        if part not in annotation.model_fields:
+            return list(path), None
+        annotation = annotation.model_fields[part].annotation
+    return list(path), annotation
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "dict_type": "a mapping",
+    "tuple_type": "a list",
+    "model_type": "a section of keys",
+    "model_attributes_type": "a section of keys",
+}
+_BOUNDS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+
+
+# Keys of several shapes, where the location of an error points inside a list or at one member of a union.
+_SHAPES = {
+    "env.crop": "[top, bottom, left, right] in pixels, or null",
+    "env.resize": "[height, width] in pixels, or null",
+    "evolve.separable": "auto, true or false",
+}
+
+
+def _explain(error: Any, data: Any) -> str:
+    path, annotation = _field([str(p) for p in error["loc"]])
+    key, kind, context, got = ".".join(path), error["type"], error.get("ctx", {}), error["input"]
+    if kind == "extra_forbidden":
+        return _unknown(key)
+    if kind == "value_error":
+        return str(context.get("error", error["msg"]))
+    if not key:
+        return f"got {_show(got)}, expected a mapping of config keys"
+    if key in _SHAPES:
+        section, name = path
+        return f"{key}: got {_show(data[section][name])}, expected {_SHAPES[key]}"
+    if kind == "missing":
+        return "env.id is missing; set it, e.g. env.id=CartPole-v1" if path[0] == "env" else f"{key} is missing"
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        expected = f"{words} {context[bound]}"
+    elif kind == "literal_error":
+        expected = f"one of {context['expected']}"
+    else:
+        expected = _EXPECTED.get(kind, error["msg"])
+    if types.NoneType in get_args(annotation):
+        expected += ", or null"
+    return f"{key}: got {_show(got)}, expected {expected}"

@@ -1,4 +1,4 @@
-"""A pool of Ray actors that a death, a hang or a lost node cannot stop, and in which no unit of work is lost or doubled.
+"""A pool of Ray actors that no death, hang or lost node can stop, and in which no unit of work is lost or doubled.
 
 The pool replaces a dead actor by a fresh one instead of letting Ray restart it: a restart would come back without the
 shared state (weights), and Ray's own retry of a lost call would run it before that state is there again.
@@ -59,7 +59,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Slot:
-    """One place in the pool and the actor that fills it now. Actors answer in order: only the head call can be running."""
+    """One place in the pool and the actor in it now. Actors answer in order: only the head call can be running."""
 
     index: int
     actor: Any = None
@@ -75,7 +75,7 @@ class _Slot:
 
 
 def _cause(error: RayTaskError) -> BaseException:
-    """What the worker's code raised, out of Ray's wrapping (twice wrapped when the worker itself waited for an actor)."""
+    """What the worker's code raised, out of Ray's wrapping (twice so when the worker itself waited for an actor)."""
     cause: Any = error
     while isinstance(cause, RayTaskError):
         cause = cause.cause
@@ -318,8 +318,8 @@ class WorkerPool:
             calls[0].unit.deaths += 1  # only the head was running; those behind it are innocent
             if calls[0].unit.deaths >= UNIT_DEATHS:
                 raise RuntimeError(
-                    f"pool {self.name!r}: unit {calls[0].unit.key!r} has taken down {UNIT_DEATHS} workers, the last time: "
-                    f"{reason}. Look for a crash or too little memory in it, or raise timeout_s ({self._timeout_s})"
+                    f"pool {self.name!r}: unit {calls[0].unit.key!r} has taken down {UNIT_DEATHS} workers, the last "
+                    f"time: {reason}. Look for a crash or too little memory in it, or raise timeout_s={self._timeout_s}"
                 )
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):
@@ -334,8 +334,8 @@ class WorkerPool:
         ):
             needs = {k: v for k, v in self._options.items() if k.startswith(("num_", "resources", "memory"))}
             raise RuntimeError(
-                f"pool {self.name!r}: no worker has started within {self._start_timeout_s:g} s; each needs {needs}, free "
-                f"in the cluster: {ray.available_resources()}. Ask for fewer or smaller workers, or add nodes"
+                f"pool {self.name!r}: no worker has started within {self._start_timeout_s:g} s; each needs {needs}, "
+                f"free in the cluster: {ray.available_resources()}. Ask for fewer or smaller workers, or add nodes"
             )
         if now - self._heard > SAY_AFTER_S:
             self._heard = now

@@ -132,9 +132,7 @@ class LiveAgent:
     began anew, a bool (N,). An observation is a dict of columns, or a plain array where there is only one column.
     """
 
-    def __init__(
-        self, agent: Agent, codec: ActionCodec, columns: Mapping[str, gym.spaces.Box], seed: int = 0
-    ) -> None:
+    def __init__(self, agent: Agent, codec: ActionCodec, columns: Mapping[str, gym.spaces.Box], seed: int = 0) -> None:
         self.agent, self.codec, self.columns, self.seed = agent, codec, dict(columns), seed
         self._resets = 0
         self._n: int | None = None

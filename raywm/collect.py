@@ -247,4 +247,6 @@ class _Recording:
     def cut(self, index: int, begin: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Copies of what row `index` has seen and done since `begin`: {column: (T, *)}, (T, *shape)."""
         span = slice(begin - self._from, self.time - self._from + 1)
-        return {name: column[span, index].copy() for name, column in self._obs.items()}, self._action[span, index].copy()
+        return {name: column[span, index].copy() for name, column in self._obs.items()}, self._action[
+            span, index
+        ].copy()

@@ -117,7 +117,7 @@ class ActionCodec:
             return (vector > 0.5).reshape(*lead, *self.shape).astype(self.dtype)
         ends = np.cumsum(self.groups)
         choice = [vector[..., end - n : end].argmax(-1) for n, end in zip(self.groups, ends)]
-        return (np.stack(choice, -1) + self.starts).reshape(*lead, *self.shape).astype(self.dtype)
+        return (np.stack(choice, -1) + self.starts).reshape(*lead, *self.shape).astype(self.dtype)[()]
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
         """One environment action, uniform over the space, from the caller's generator."""
@@ -130,7 +130,7 @@ class ActionCodec:
         if self.kind == "multi_binary":
             return rng.integers(0, 2, size=self.shape).astype(self.dtype)
         choice = rng.integers(0, np.array(self.groups)) + self.starts
-        return choice.reshape(self.shape).astype(self.dtype)
+        return choice.reshape(self.shape).astype(self.dtype)[()]  # [()]: one Discrete action is a scalar, not 0-d
 
     def zero(self) -> np.ndarray:
         """The action stored on row 0: zeros, or the member of the space nearest to them so that it always encodes."""

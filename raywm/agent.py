@@ -1,0 +1,185 @@
+"""Agents: what acts in an environment. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from raywm.seeding import rng
+from raywm.spaces import ActionCodec
+
+BLOCK = 64  # random actions drawn at once: numpy's cost is per call
+
+
+class Agent:
+    """Acts for a batch of B rows, each a different episode.
+
+    Whatever an agent remembers is in `state`, and all its randomness comes from `rngs`, one generator a row: what a
+    row does depends on that row alone, and may not depend on what its neighbours are doing.
+    """
+
+    name: str = "agent"
+    version: int = 0
+
+    def initial(self, B: int) -> Any:
+        """The state before any observation; rows are started again by `is_first`."""
+        return None
+
+    def act(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, Any]:
+        """obs {column: (B, *)}, is_first (B,) bool -> environment actions (B, *shape), the next state."""
+        raise NotImplementedError
+
+
+class RandomAgent(Agent):
+    """A new uniform action every step."""
+
+    name = "random"
+
+    def __init__(self, codec: ActionCodec) -> None:
+        self.codec = codec
+
+    def initial(self, B: int) -> dict[str, np.ndarray]:
+        return {"drawn": np.zeros((B, BLOCK, *self.codec.shape), self.codec.dtype), "next": np.full(B, BLOCK)}
+
+    def act(self, obs, state, is_first, rngs):
+        drawn, at = state["drawn"], np.where(is_first, BLOCK, state["next"])
+        empty = (at == BLOCK).nonzero()[0]
+        if empty.size:
+            drawn = drawn.copy()
+            for row in empty:
+                drawn[row] = _draw(self.codec, rngs[row], BLOCK)
+            at[empty] = 0
+        return drawn[np.arange(len(at)), at], {"drawn": drawn, "next": at + 1}
+
+
+class StickyAgent(Agent):
+    """Uniform actions, each held for 1 to `hold` steps (uniform): a random walk that gets somewhere."""
+
+    name = "sticky"
+
+    def __init__(self, codec: ActionCodec, hold: int = 10) -> None:
+        if hold < 1:
+            raise ValueError(f"hold is {hold}, expected at least 1 step")
+        self.codec, self.hold = codec, hold
+
+    def initial(self, B: int) -> dict[str, np.ndarray]:
+        return {"held": np.zeros((B, *self.codec.shape), self.codec.dtype), "left": np.zeros(B, np.int64)}
+
+    def act(self, obs, state, is_first, rngs):
+        held, left = state["held"], np.where(is_first, 0, state["left"])
+        over = (left == 0).nonzero()[0]
+        if over.size:
+            held = held.copy()  # a state is a value: what the caller kept must not change under him
+            for row in over:
+                left[row] = rngs[row].integers(1, self.hold, endpoint=True)
+                held[row] = self.codec.sample(rngs[row])
+        return held, {"held": held, "left": left - 1}
+
+
+class Exploring(Agent):
+    """Another agent, interrupted: each step begins, with probability `chance`, a random action held 1 to `hold` steps.
+
+    The inner agent sees every observation all the while, so a recurrent one keeps its memory.
+    """
+
+    def __init__(self, agent: Agent, codec: ActionCodec, chance: float, hold: int = 4) -> None:
+        if not 0 <= chance <= 1 or hold < 1:
+            raise ValueError(f"got chance={chance}, hold={hold}; expected a probability and at least 1 step")
+        self.agent, self.codec, self.chance, self.hold = agent, codec, chance, hold
+        self.name, self.version = f"{agent.name}+explore", agent.version
+
+    def initial(self, B: int) -> dict[str, Any]:
+        held = np.zeros((B, *self.codec.shape), self.codec.dtype)
+        return {"inner": self.agent.initial(B), "held": held, "left": np.zeros(B, np.int64)}
+
+    def act(self, obs, state, is_first, rngs):
+        action, inner = self.agent.act(obs, state["inner"], is_first, rngs)
+        held, left = state["held"], np.where(is_first, 0, state["left"])
+        begin = [row for row in (left == 0).nonzero()[0] if rngs[row].random() < self.chance]
+        if begin:
+            held = held.copy()
+            for row in begin:
+                left[row] = rngs[row].integers(1, self.hold, endpoint=True)
+                held[row] = self.codec.sample(rngs[row])
+        holding = left > 0
+        if holding.any():
+            action = np.array(action, self.codec.dtype)
+            action[holding] = held[holding]
+        return action, {"inner": inner, "held": held, "left": np.maximum(left - 1, 0)}
+
+
+def _draw(codec: ActionCodec, rng: np.random.Generator, n: int) -> np.ndarray:
+    """n uniform actions (n, *shape) in one go: the largest of k uniform numbers is each of them equally often."""
+    if codec.kind == "box" and codec.dtype.kind != "f":
+        return np.stack([codec.sample(rng) for _ in range(n)])
+    draws = rng.random((n, codec.dim))
+    return codec.decode(2 * draws - 1 if codec.kind == "box" else draws)
+
+
+class LiveAgent:
+    """An agent for people's own loops: it remembers its state, and takes one observation or N at once.
+
+    >>> obs, _ = env.reset()
+    >>> live.reset()
+    >>> action = live.act(obs)  # one action, as env.step takes it
+
+    For N environments: ``live.reset(N)``, then ``live.act(obs, is_first)`` with columns (N, *) and, where some of them
+    began anew, a bool (N,). An observation is a dict of columns, or a plain array where there is only one column.
+    """
+
+    def __init__(self, agent: Agent, codec: ActionCodec, columns: Mapping[str, gym.spaces.Box], seed: int = 0) -> None:
+        self.agent, self.codec, self.columns, self.seed = agent, codec, dict(columns), seed
+        self._resets = 0
+        self._n: int | None = None
+        self._state: Any = None
+        self._first: np.ndarray | None = None
+        self._rngs: list[np.random.Generator] = []
+
+    def reset(self, n: int | None = None) -> None:
+        """Forget everything; from now on act for one episode (n None) or for n at once."""
+        if n is not None and n < 1:
+            raise ValueError(f"reset(n={n}), expected n >= 1, or nothing for one observation at a time")
+        rows = n or 1
+        self._n, self._state, self._first = n, self.agent.initial(rows), np.ones(rows, bool)
+        self._rngs = [rng(self.seed, "live", self._resets, row) for row in range(rows)]
+        self._resets += 1
+
+    def act(self, obs: Any, is_first: np.ndarray | None = None) -> np.ndarray:
+        """The action (*shape) for one observation, or (N, *shape) for N. Raises ValueError for a wrong observation."""
+        if self._first is None:
+            self.reset()
+        first = self._first
+        assert first is not None
+        if is_first is not None:
+            given = np.asarray(is_first, bool).reshape(-1)
+            if given.shape != first.shape:
+                raise ValueError(f"is_first of shape {given.shape}, expected {first.shape} as given to reset()")
+            first = first | given
+        action, self._state = self.agent.act(self._batch(obs), self._state, first, self._rngs)
+        self._first = np.zeros(len(first), bool)
+        return action[0] if self._n is None else action
+
+    def _batch(self, obs: Any) -> dict[str, np.ndarray]:
+        if not isinstance(obs, Mapping):
+            if len(self.columns) != 1:
+                raise ValueError(f"got a plain {type(obs).__name__}, expected a dict of {sorted(self.columns)}")
+            obs = dict.fromkeys(self.columns, obs)
+        missing = sorted(set(self.columns) - set(obs))
+        if missing:
+            raise ValueError(f"observation lacks {missing}, got {sorted(obs)}; expected {sorted(self.columns)}")
+        lead = () if self._n is None else (self._n,)
+        batch = {}
+        for name, box in self.columns.items():
+            value, expected = np.asarray(obs[name]), (*lead, *box.shape)
+            if value.shape != expected:
+                how = "act for N observations after reset(N)" if value.shape[1:] == box.shape else "see make_env"
+                raise ValueError(f"observation {name!r} has shape {value.shape}, expected {expected}; {how}")
+            if box.dtype == np.uint8 and value.dtype != np.uint8:
+                raise ValueError(f"observation {name!r} is {value.dtype}, expected uint8 pixels 0..255, not scaled")
+            batch[name] = value.astype(box.dtype, copy=False).reshape(self._n or 1, *box.shape)
+        return batch

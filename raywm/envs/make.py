@@ -1,0 +1,288 @@
+"""One way to make any environment: by gymnasium id or "module:EnvClass", with dict observations of named columns."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import os
+import shlex
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from raywm.spaces import is_image, obs_columns, to_columns
+
+# What ids need before gymnasium knows them: (prefix, module to import, raywm's extra).
+PLUGINS = (
+    ("Vizdoom", "vizdoom.gymnasium_wrapper", "doom"),
+    ("ALE/", "ale_py", "atari"),
+    ("dm_control/", "shimmy", "dmc"),
+)
+# What gymnasium's own families need, by a word in their entry point.
+FAMILIES = (("box2d", "box2d"), ("mujoco", "mujoco"), ("shimmy", "dmc"), ("ale_py", "atari"), ("vizdoom", "doom"))
+DEFAULTS: dict[str, Any] = {
+    "id": None,
+    "kwargs": {},
+    "crop": None,
+    "resize": None,
+    "grayscale": False,
+    "action_repeat": 1,
+    "time_limit": None,
+}
+
+
+def make_env(env: Any, render: bool = False) -> gym.Env:
+    """An environment whose observations are a dict of columns (see ``raywm.spaces.obs_columns``).
+
+    `env` is an EnvConfig or a dict with its keys:
+
+    - ``id``: a gymnasium id, or "module:EnvClass"; ``kwargs``: arguments of its constructor
+    - ``crop``: pixels cut off images at the (top, bottom, left, right); ``resize``: then scaled to (height, width);
+      ``grayscale``: then to one channel
+    - ``action_repeat``: an action is applied this many times, or until the episode ends; rewards are summed
+    - ``time_limit``: the episode is truncated after this many of the environment's OWN steps, before any repeat; it
+      replaces the limit registered with the id. With action_repeat=4, time_limit=2100 gives at most 525 steps.
+
+    `render`: makes ``env.render()`` return frames for videos. Raises ValueError for unknown ids, missing extras and
+    unsupported observations.
+    """
+    cfg = _settings(env)
+    if not render:
+        # Pixels are drawn off screen; without this SDL looks for a display that clusters do not have.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+    made = _make(cfg, render)
+    if _is_doom(made):
+        made = Doom(made)
+    if cfg["action_repeat"] > 1:
+        made = ActionRepeat(made, cfg["action_repeat"])
+    return Columns(made, cfg["crop"], cfg["resize"], cfg["grayscale"])
+
+
+def _settings(env: Any) -> dict[str, Any]:
+    if isinstance(env, Mapping):
+        unknown = sorted(set(env) - set(DEFAULTS))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], DEFAULTS, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f", expected some of {list(DEFAULTS)}"
+            raise ValueError(f"unknown environment key {unknown[0]!r}{hint}")
+        cfg = DEFAULTS | dict(env)
+    else:
+        cfg = {key: getattr(env, key, default) for key, default in DEFAULTS.items()}
+    if not isinstance(cfg["id"], str) or not cfg["id"]:
+        raise ValueError(f"environment id is {cfg['id']!r}, expected a gymnasium id or 'module:EnvClass'")
+    for key in ("action_repeat", "time_limit"):
+        if cfg[key] is not None and cfg[key] < 1:
+            raise ValueError(f"{key} is {cfg[key]}, expected at least 1")
+    cfg["kwargs"], cfg["action_repeat"] = dict(cfg["kwargs"] or {}), cfg["action_repeat"] or 1
+    return cfg
+
+
+def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
+    id, limit, kwargs = cfg["id"], cfg["time_limit"], dict(cfg["kwargs"])
+    if render:
+        kwargs.setdefault("render_mode", "rgb_array")
+    env_class = _class(id)
+    if env_class is not None:
+        env = env_class(**kwargs)
+        return env if limit is None else gym.wrappers.TimeLimit(env, limit)
+
+    spec = _spec(id)
+    entry = str(spec.entry_point)
+    if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
+        return _make_doom(id, limit, kwargs)
+    try:
+        return gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
+        extra = next((extra for word, extra in FAMILIES if word in entry), None)
+        fix = f'pip install "raywm[{extra}]"' if extra else "install what it names"
+        raise ValueError(f"environment {id!r} needs more than is installed ({error}); {fix}") from error
+
+
+def _class(id: str) -> type | None:
+    """The class of "module:EnvClass", or None where `id` is for gymnasium to find."""
+    module_name, colon, name = id.partition(":")
+    if not colon:
+        return None
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module is there, and something that it imports is not
+        raise ValueError(
+            f"environment {id!r}: there is no module {module_name!r}; put it on PYTHONPATH or install it"
+        ) from error
+    found = getattr(module, name, None)
+    if isinstance(found, type) and issubclass(found, gym.Env):
+        return found
+    if id in gym.registry or name in gym.registry:  # gymnasium's own "module to import first:id"
+        return None
+    names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, gym.Env)]
+    raise ValueError(f"environment {id!r}: {module_name} has no gymnasium.Env class {name!r}, expected one of {names}")
+
+
+def _spec(id: str) -> gym.envs.registration.EnvSpec:
+    name = id.partition(":")[2] or id
+    for prefix, module, extra in PLUGINS:
+        if name.startswith(prefix):
+            try:
+                plugin = importlib.import_module(module)
+            except ImportError as error:
+                raise ValueError(f'environment {id!r} needs {module}; pip install "raywm[{extra}]"') from error
+            if module in ("ale_py", "shimmy"):
+                gym.register_envs(plugin)
+    try:
+        return gym.spec(name)
+    except (gym.error.UnregisteredEnv, gym.error.Error) as error:
+        lower = {known.lower(): known for known in gym.registry}
+        near = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, 3, 0.5)]
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see gymnasium.pprint_registry()"
+        raise ValueError(f"unknown environment {id!r}; {hint}") from error
+
+
+class Columns(gym.ObservationWrapper):
+    """Observations as a dict of columns, with the image ones cropped, resized and made grey.
+
+    Every array is the caller's own: an environment that reuses its buffer cannot change a stored row.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        crop: tuple[int, int, int, int] | None,
+        resize: tuple[int, int] | None,
+        grayscale: bool,
+    ):
+        super().__init__(env)
+        self._raw = obs_columns(env.observation_space)
+        self.crop, self.size, self.grayscale = crop, resize, grayscale
+        images = [name for name, box in self._raw.items() if is_image(box)]
+        if not images and (crop or resize or grayscale):
+            raise ValueError(f"crop, resize and grayscale are for images, got columns {list(self._raw)}; remove them")
+        if resize and importlib.util.find_spec("cv2") is None:
+            raise ValueError("resize needs OpenCV; pip install opencv-python-headless")
+        self._images = images if crop or resize or grayscale else []
+        boxes = dict(self._raw)
+        for name in self._images:
+            height, width, channels = boxes[name].shape
+            top, bottom, left, right = crop or (0, 0, 0, 0)
+            if top + bottom >= height or left + right >= width or min(top, bottom, left, right) < 0:
+                raise ValueError(
+                    f"crop {crop} leaves nothing of {name!r}, {height} pixels high and {width} wide; "
+                    "expected pixels to cut off at the (top, bottom, left, right)"
+                )
+            if grayscale and channels not in (1, 3):
+                raise ValueError(f"grayscale needs 1 or 3 channels, {name!r} has {channels}; turn it off")
+            shape = resize or (height - top - bottom, width - left - right)
+            boxes[name] = gym.spaces.Box(0, 255, (*shape, 1 if grayscale else channels), np.uint8)
+        self.observation_space = gym.spaces.Dict(boxes)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict]:
+        if isinstance(action, np.ndarray) and action.ndim == 0:
+            action = action[()]  # some environments take a 0-d array for a vector of buttons
+        return super().step(action)
+
+    def observation(self, observation: Any) -> dict[str, np.ndarray]:
+        columns = to_columns(self._raw, observation)
+        for name in self._images:
+            columns[name] = self._image(columns[name])
+        return {name: np.array(column, order="C") for name, column in columns.items()}
+
+    def _image(self, image: np.ndarray) -> np.ndarray:
+        if self.crop:
+            top, bottom, left, right = self.crop
+            image = image[top : image.shape[0] - bottom, left : image.shape[1] - right]
+        if self.size:
+            import cv2
+
+            height, width = self.size
+            image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_AREA)
+            image = image.reshape(height, width, -1)  # cv2 drops a single channel
+        if self.grayscale and image.shape[2] == 3:
+            # ITU-R 601 luma in integers, so that every machine gives the same bytes
+            image = ((image.astype(np.uint32) @ np.array([299, 587, 114], np.uint32) + 500) // 1000)[..., None]
+            image = image.astype(np.uint8)
+        return image
+
+
+class ActionRepeat(gym.Wrapper):
+    """Apply an action `times` times, or until the episode ends, and sum the rewards."""
+
+    def __init__(self, env: gym.Env, times: int):
+        super().__init__(env)
+        self.times = times
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        total = 0.0
+        for _ in range(self.times):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+def _is_doom(env: gym.Env) -> bool:
+    return any(c.__module__.startswith("vizdoom.") for c in type(env.unwrapped).__mro__)
+
+
+def _make_doom(id: str, limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
+    """ViZDoom whose engine runs in a directory of its own.
+
+    The engine leaves `_vizdoom` and `_vizdoom.ini` in its working directory, and several engines in one directory
+    share (and race for) that settings file. It is another process, so a launcher that changes the directory first
+    keeps ours.
+    """
+    import vizdoom
+
+    home = tempfile.TemporaryDirectory(prefix="raywm-doom-", ignore_cleanup_errors=True)
+    launcher = Path(home.name) / "vizdoom"
+    engine = Path(vizdoom.__file__).parent / "vizdoom"
+    launcher.write_text(f'#!/bin/sh\ncd {shlex.quote(home.name)} && exec {shlex.quote(str(engine))} "$@"\n')
+    launcher.chmod(launcher.stat().st_mode | stat.S_IXUSR)
+    for key, value in kwargs.items():  # the engine's directory is not the one that relative paths were meant for
+        if key.endswith("_path") and isinstance(value, str) and os.path.exists(value):
+            kwargs[key] = os.path.abspath(value)
+    env = gym.make(id, max_episode_steps=limit, disable_env_checker=True, vizdoom_path=str(launcher), **kwargs)
+    env.unwrapped.raywm_home = home  # type: ignore[attr-defined]  # removed with the environment
+    return env
+
+
+class Doom(gym.Wrapper):
+    """ViZDoom under the timing rule: named columns, no black last frame, and a timeout that is not a death."""
+
+    NAMES = {"screen": "image", "gamevariables": "vector"}
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        assert isinstance(space, gym.spaces.Dict)
+        self.observation_space = gym.spaces.Dict({self.NAMES.get(k, k): v for k, v in space.spaces.items()})
+        self._last: dict[str, Any] = {}
+
+    def reset(self, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        obs, info = self.env.reset(**kwargs)
+        self._last = {self.NAMES.get(k, k): v for k, v in obs.items()}
+        return self._last, info
+
+    def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        game = self.env.unwrapped
+        # At the end there is no state, and its zeros would teach a model that dying means black: repeat the last one.
+        if game.state is not None:  # type: ignore[attr-defined]
+            self._last = {self.NAMES.get(k, k): v for k, v in obs.items()}
+        if terminated and truncated and not game.game.is_player_dead():  # type: ignore[attr-defined]
+            terminated = False  # ViZDoom calls its own timeout both
+        return self._last, reward, terminated, truncated, info
+
+    def close(self) -> None:
+        super().close()
+        home = getattr(self.env.unwrapped, "raywm_home", None)
+        if home is not None:
+            home.cleanup()

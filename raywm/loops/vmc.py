@@ -51,6 +51,7 @@ class VMC:
         self.best_weights, self.best_theta = self.weights, self.theta
         self.saved = 0.0
         self.state: dict[str, Any] = {
+            "saves": 0,
             "iteration": 0,
             "phase": "collect",
             "accepted": [],
@@ -159,7 +160,7 @@ class VMC:
         with self.log.progress("fit", None) as bar:
 
             def report(phase: str, step: int, steps: int, loss: float | None = None) -> None:
-                bar.update(description=f"fit {phase}", total=steps, completed=step, loss=loss)
+                bar.set(phase=phase, step=f"{step}/{steps}", **({} if loss is None else {"loss": loss}))
 
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report
@@ -327,7 +328,7 @@ class VMC:
             "wall_seconds": round(self._wall(), 1),
             "worker_deaths": state["worker_deaths"] + self.executor.deaths,
         }
-        checkpoint.write_json(self.out / "summary.json", summary)
+        checkpoint.atomic_write_json(self.out / "summary.json", summary)
         state["phase"] = "done"
         self.save()
         return summary
@@ -341,6 +342,7 @@ class VMC:
     def save(self) -> None:
         """Everything the run needs to continue, atomically."""
         self.saved = time.monotonic()
+        self.state["saves"] += 1
         state = self.state | {
             "wall_seconds": self._wall(),
             "worker_deaths": self.state["worker_deaths"] + self.executor.deaths,
@@ -353,21 +355,21 @@ class VMC:
             "best_model": self.best_weights,
         }
         arrays = {"controller": {"theta": self.theta, "best": self.best_theta}, "search": self.record}
-        checkpoint.save(self.out / "checkpoints", tensors=tensors, arrays=arrays, state=state)
+        checkpoint.save(self.out / "checkpoints", state["saves"], tensors=tensors, arrays=arrays, state=state)
 
     def restore(self) -> None:
         """Go back to the last checkpoint, if there is one, and drop what was logged after it."""
-        saved = checkpoint.load_latest(self.out / "checkpoints")
-        if saved is None:
+        if checkpoint.latest(self.out / "checkpoints") is None:
             self.log.truncate(0)
             return
+        saved = checkpoint.load(self.out / "checkpoints")
         self.state.update(saved.state)
         self.log.truncate(self.state["log_rows"])
         tensors, arrays = saved.tensors, saved.arrays
-        self.weights, self.optimisers, self.starts = tensors["model"], tensors["optimisers"], tensors["starts"]
+        self.weights, self.optimisers, self.starts = tensors["model"], tensors.get("optimisers", {}), tensors.get("starts", {})
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
-        self.record = dict(arrays["search"])
+        self.record = dict(arrays.get("search", {}))
 
 
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:

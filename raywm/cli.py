@@ -33,7 +33,9 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Measure raywm on this machine.")
 app.add_typer(bench, name="bench")
 
-PresetArg = Annotated[str, typer.Argument(metavar="PRESET|FILE", help="A preset's name, or a YAML file.")]
+PresetArg = Annotated[
+    str, typer.Argument(metavar="PRESET|FILE", help=f"A YAML file, or one of: {', '.join(configs.presets())}.")
+]
 OverridesArg = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Config values, e.g. seed=1 collect.workers=4.")
 ]
@@ -58,15 +60,20 @@ def main() -> None:
     app()
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raywm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     debug: Annotated[bool, typer.Option("--debug", envvar="RAYWM_DEBUG", help="Show tracebacks of errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
 ) -> None:
     _State.debug = debug
-    if version:
-        typer.echo(f"raywm {__version__}")
-        raise typer.Exit
 
 
 @app.command()
@@ -78,12 +85,12 @@ def collect(
     address: AddressOption = None,
     in_process: InProcessOption = False,
 ) -> None:
-    """Play a run's first real episodes (collect.initial_steps of them) and stop.
+    """Play a run's first real episodes, and stop.
 
-    They lie in RUN/episodes; `raywm train ... --resume` goes on from there.
+    They are collect.initial_steps long and lie in RUN/episodes; train --resume goes on from there.
 
     \b
-    raywm collect cartpole collect.initial_steps=20000 --out runs/data
+    Example: raywm collect cartpole collect.initial_steps=20000 --out runs/data
     """
     _run("collect", preset, overrides or [], out, resume, address, in_process)
 
@@ -97,14 +104,16 @@ def train(
     address: AddressOption = None,
     in_process: InProcessOption = False,
 ) -> None:
-    """Collect, fit the world model, evolve the controller in its dreams, measure it in reality; repeat.
+    """Train a controller in the dreams of a world model.
 
-    A stopped or killed run continues with --resume. At a resume only iterations, address, workers, budget, target,
+    Collects real episodes, fits the model to them, evolves the controller in its dreams, measures it in reality, and
+    repeats until target.real_return, budget.real_steps or iterations is reached. A stopped or killed run continues with --resume. At a resume only iterations, address, workers, budget, target,
     evaluate and log may change.
 
     \b
-    raywm train cartpole
-    raywm train cartpole env.id=Acrobot-v1 seed=3 collect.workers=4 --out runs/acrobot --resume
+    Examples:
+      raywm train cartpole
+      raywm train cartpole env.id=Acrobot-v1 seed=3 collect.workers=4 --out runs/acrobot --resume
     """
     _run("train", preset, overrides or [], out, resume, address, in_process)
 
@@ -119,7 +128,7 @@ def evaluate(
     """Play a run's controller in the real environment.
 
     \b
-    raywm evaluate runs/cartpole-seed0 --episodes 100
+    Example: raywm evaluate runs/cartpole-seed0 --episodes 100
     """
     with _errors():
         config = _config_of(run)
@@ -147,10 +156,12 @@ def dream(
     seed: Annotated[int | None, typer.Option(min=0, help="Seeds the dreams.", show_default="of the run")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Play a run's controller in its own dream, and compare with what it reached in reality.
+    """Play a run's controller in its own dream.
+
+    Prints its dream returns beside the real ones, or makes a video (of image environments) with --video.
 
     \b
-    raywm dream runs/doom --video
+    Example: raywm dream runs/doom --video
     """
     with _errors():
         config = _config_of(run)
@@ -158,7 +169,7 @@ def dream(
 
         with Console(stream=sys.stderr).progress("dreaming"):
             if video:
-                from raywm.report import dream_video
+                from raywm.report import dream_video  # type: ignore[attr-defined]
 
                 result: dict[str, Any] = {"video": str(dream_video(run))}
             else:
@@ -170,15 +181,17 @@ def dream(
 
 @app.command()
 def report(run: RunArg) -> None:
-    """Write RUN/report.html, one self-contained page of everything there is to see about a run.
+    """Write a run's report, one self-contained page.
+
+    RUN/report.html holds everything there is to see about a run.
 
     \b
-    raywm report runs/cartpole-seed0
+    Example: raywm report runs/cartpole-seed0
     """
     with _errors():
         _config_of(run)
         from raywm.log import Console
-        from raywm.report import write_report
+        from raywm.report import write_report  # type: ignore[attr-defined]
 
         with Console(stream=sys.stderr).progress("writing the report"):
             path = write_report(run)
@@ -195,10 +208,12 @@ def bench_dream(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 5.0,
     as_json: JsonOption = False,
 ) -> None:
-    """Dream steps per second: a DreamPool unit, one rollout a process, a plain batch, and the floor of the matmuls.
+    """Measure dream steps per second.
+
+    One unit of the DreamPool, against one rollout a process, a plain batch, and the floor of the model's matmuls.
 
     \b
-    raywm bench dream --seconds 10
+    Example: raywm bench dream --seconds 10
     """
     with _errors():
         from raywm.bench.dream import main as measure
@@ -219,14 +234,10 @@ def _run(
         config = configs.load(preset, overrides)
         if address is not None:
             config = config.model_copy(update={"address": address})
-        out = (
-            out
-            or Path("runs") / f"{Path(preset).stem if preset.endswith(('.yaml', '.yml')) else preset}-seed{config.seed}"
-        )
-        again = ["raywm", "train", preset, *overrides, "--out", str(out)]
-        again += ["--address", address] if address else []
-        again += ["--in-process"] if in_process else []
-        with _open_run(out, config, resume), _interruptible(again):
+        out = out or Path("runs") / f"{Path(preset).stem}-seed{config.seed}"
+        arguments = [preset, *overrides, "--out", str(out), *(["--address", address] if address else [])]
+        arguments += [*(["--in-process"] if in_process else []), "--resume"]
+        with _open_run(out, config, resume), _interruptible(["raywm", command, *arguments]):
             from raywm.log import RunLog
 
             with RunLog(out, config.log.tensorboard, config.log.console) as log:
@@ -239,9 +250,9 @@ def _run(
                     result = loop(config, out, executor, log)
                 _print_result(result, as_json=False, quiet=not config.log.console)
                 if command == "collect":
-                    log.say(f"train on them: {shlex.join([*again, '--resume'])}")
+                    log.say(f"train on them: {shlex.join(['raywm', 'train', *arguments])}")
                 else:
-                    from raywm.report import write_report
+                    from raywm.report import write_report  # type: ignore[attr-defined]
 
                     with log.progress("writing the report"):
                         path = write_report(out)
@@ -274,10 +285,11 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         raise ValueError(f"{out} is not empty and holds no run (no config.yaml); give another --out")
     with clear_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "w") as lock:
-            _lock(lock, out)
+    with open(out / ".lock", "w") as lock:
+        _lock(lock, out)
+        with clear_disk_errors(path):
             configs.save(config, path)
-            yield
+        yield
 
 
 def _lock(file: Any, out: Path) -> None:
@@ -300,7 +312,7 @@ def _interruptible(command: Sequence[str]) -> Iterator[None]:
     except KeyboardInterrupt:
         if _State.debug:
             traceback.print_exc()
-        typer.echo(f"\nstopped; continue with: {shlex.join([*command, '--resume'])}", err=True)
+        typer.echo(f"\nstopped; continue with: {shlex.join(command)}", err=True)
         raise typer.Exit(130) from None
 
 

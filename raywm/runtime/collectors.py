@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
@@ -15,7 +16,16 @@ from raywm.collect import Collector, Played
 from raywm.config import EnvConfig
 from raywm.data.episode import to_table
 
-UNACKNOWLEDGED = 4  # episodes on their way to the store while the next one is played
+if TYPE_CHECKING:
+    from raywm.data.store import EpisodeStore
+
+SENT_AT_ONCE = 256 * 1024  # bytes: shorter episodes share a call to the store, which costs more than playing them
+UNACKNOWLEDGED = 4  # calls on their way to the store while the next episode is played
+
+
+def _add_all(store: EpisodeStore, tables: Sequence[pa.Table]) -> None:
+    for table in tables:
+        store.add(table)
 
 
 class RayCollector:
@@ -44,13 +54,18 @@ class RayCollector:
 
         An episode is reported only once the store has acknowledged it: from then on it survives this actor.
         """
-        played, waiting = [], deque()
+        played, calls, tables, size = [], deque(), [], 0
         for episode in self.collector.collect(self._acting(), numbers, stream):
-            waiting.append(store.add.remote(to_table(episode)))
+            tables.append(to_table(episode))
             played.append((episode.info["number"], episode.steps, episode.ret))
-            if len(waiting) > UNACKNOWLEDGED:
-                ray.get(waiting.popleft())
-        ray.get(list(waiting))
+            size += sum(column.nbytes for column in episode.columns().values())
+            if size >= SENT_AT_ONCE:
+                calls.append(store.__ray_call__.remote(_add_all, tables))
+                tables, size = [], 0
+                if len(calls) > UNACKNOWLEDGED:
+                    ray.get(calls.popleft())
+        calls.append(store.__ray_call__.remote(_add_all, tables))
+        ray.get(list(calls))
         return played
 
     def play(self, numbers: Sequence[int], stream: str = "evaluate") -> list[Played]:

@@ -9,7 +9,8 @@ import pytest
 
 from raywm.agent import Agent, Exploring, LiveAgent, RandomAgent, StickyAgent
 from raywm.collect import Collector
-from raywm.data.episode import from_table, validate
+from raywm.data.episode import validate
+from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
 from raywm.runtime.collectors import RayCollector
 from raywm.runtime.pool import WorkerPool
@@ -200,28 +201,14 @@ def test_live_agent():
         live.act(np.zeros((3, 4)))
 
 
-class Shelf:
-    """A store's actor, as far as collectors know it."""
-
-    def __init__(self):
-        self.tables = {}
-
-    def add(self, table):
-        self.tables[from_table(table).id] = table
-        return True
-
-    def all(self):
-        return list(self.tables.values())
-
-
 def test_ray_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp_path):
     fault = {"fault": "kill", "at": 7, "once": str(tmp_path / "killed")}
     env = {"id": "raywm/Faulty-v0", "kwargs": fault}
     here = Collector({**env, "kwargs": {"fault": None}}, seed=5, envs=4)
     agent = RandomAgent(here.codec)
     expected = {e.id: e for e in here.collect(agent, range(24))}
-    shelf = ray_session.remote(Shelf).options(num_cpus=0).remote()
-    units = [(k, (shelf, range(k, k + 4))) for k in range(0, 24, 4)]
+    store = ray_session.remote(EpisodeStore).options(num_cpus=0).remote(str(tmp_path / "store"))
+    units = [(k, (store, range(k, k + 4))) for k in range(0, 24, 4)]
     with WorkerPool(RayCollector, (env, 5, 4), 2, options={"num_cpus": 0.5}, name="collectors") as pool:
         pool.broadcast("set_agent", agent, 0)
         reported = [entry for _, entries in pool.map("collect_to", units) for entry in entries]
@@ -229,9 +216,9 @@ def test_ray_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp
         played = [p for _, ps in pool.map("play", [(0, ([3, 1], "collect"))]) for p in ps]
     assert sorted(reported) == [(n, 20, 20.0) for n in range(24)]
     assert [(p.number, p.ret) for p in played] == [(3, 20.0), (1, 20.0)]
-    for table in ray_session.get(shelf.all.remote()):
-        episode = from_table(table)
-        same(episode, expected.pop(episode.id))
+    for id in ray_session.get(store.ids.remote()):
+        same(ray_session.get(store.get.remote(id)), expected.pop(id))
+    ray_session.kill(store)
     assert not expected
 
 

@@ -7,14 +7,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import ray
 from ray.actor import ActorHandle
 
 from raywm.agent import Agent
 from raywm.collect import Collector, Played
 from raywm.config import EnvConfig
-from raywm.data.episode import to_table
+from raywm.data.episode import Episode
 
 if TYPE_CHECKING:
     from raywm.data.store import EpisodeStore
@@ -23,9 +22,9 @@ SENT_AT_ONCE = 256 * 1024  # bytes: shorter episodes share a call to the store, 
 UNACKNOWLEDGED = 4  # calls on their way to the store while the next episode is played
 
 
-def _add_all(store: EpisodeStore, tables: Sequence[pa.Table]) -> None:
-    for table in tables:
-        store.add(table)
+def _add_all(store: EpisodeStore, episodes: Sequence[Episode]) -> None:
+    for episode in episodes:
+        store.add(episode)
 
 
 class RayCollector:
@@ -52,19 +51,20 @@ class RayCollector:
     ) -> list[tuple[int, int, float]]:
         """Play episodes into `store` (a ray.remote(EpisodeStore)); [(number, steps, return)], by completion.
 
-        An episode is reported only once the store has acknowledged it: from then on it survives this actor.
+        An episode is reported only once the store has acknowledged it: from then on it survives this actor. Episodes
+        travel as they are: their arrays are as zero-copy as Arrow's, and the store would unwrap a table first.
         """
-        played, calls, tables, size = [], deque(), [], 0
+        played, calls, sending, size = [], deque(), [], 0
         for episode in self.collector.collect(self._acting(), numbers, stream):
-            tables.append(to_table(episode))
+            sending.append(episode)
             played.append((episode.info["number"], episode.steps, episode.ret))
             size += sum(column.nbytes for column in episode.columns().values())
             if size >= SENT_AT_ONCE:
-                calls.append(store.__ray_call__.remote(_add_all, tables))
-                tables, size = [], 0
+                calls.append(store.__ray_call__.remote(_add_all, sending))
+                sending, size = [], 0
                 if len(calls) > UNACKNOWLEDGED:
                     ray.get(calls.popleft())
-        calls.append(store.__ray_call__.remote(_add_all, tables))
+        calls.append(store.__ray_call__.remote(_add_all, sending))
         ray.get(list(calls))
         return played
 

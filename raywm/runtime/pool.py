@@ -321,7 +321,7 @@ class WorkerPool:
             if unit.deaths >= UNIT_DEATHS:
                 raise RuntimeError(
                     f"pool {self.name!r}: unit {unit.key!r} has taken down {UNIT_DEATHS} workers, "
-                    f"the last time: {reason} Look for a crash or too little memory, or raise timeout_s={self._timeout_s}"
+                    f"the last time: {reason} Look for a crash or for memory, or raise timeout_s={self._timeout_s}"
                 )
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):

@@ -110,7 +110,7 @@ class Trainer:
         for name, value in snapshot.episodes[0].obs.items():
             if value.dtype != np.uint8:
                 columns[name] = [e.obs[name] for e in snapshot.episodes]
-        return {name: mean_std(parts) for name, parts in columns.items()}
+        return {name: spread(parts) for name, parts in columns.items()}
 
     @torch.inference_mode()
     def encode(self, snapshot: Snapshot, chunk: int = 512) -> Latents:
@@ -120,7 +120,7 @@ class Trainer:
         for episode in snapshot.episodes:
             parts = []
             for at in range(0, len(episode.reward), chunk):
-                piece = {k: torch.from_numpy(np.ascontiguousarray(v[at : at + chunk])) for k, v in episode.obs.items()}
+                piece = {k: torch.tensor(v[at : at + chunk]) for k, v in episode.obs.items()}
                 with self._autocast():
                     parts.append(self.model.encode({k: v.to(self.device) for k, v in piece.items()}))
             out.append({k: np.concatenate([p[k].float().cpu().numpy() for p in parts]) for k in parts[0]})
@@ -203,18 +203,19 @@ class Trainer:
         return out
 
 
-def mean_std(parts: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Over all rows of all parts, in float64: sums of float32 squares lose small spreads around large means."""
+def spread(parts: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Mean, std, min and max over all rows of all parts, in float64: sums of float32 squares lose small spreads around large means."""
     rows = np.concatenate(parts).astype(np.float64)
-    return {"mean": torch.tensor(rows.mean(0)).float(), "std": torch.tensor(rows.std(0)).float()}
+    figures = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0)}
+    return {name: torch.tensor(value).float() for name, value in figures.items()}
 
 
 def latent_statistics(latents: Latents) -> dict[str, dict[str, torch.Tensor]]:
     """Mean and spread of z and of its steps z[t+1] - z[t], the spread of sampling z included."""
     if "z_mean" not in latents[0]:
         return {}
-    z = mean_std([e["z_mean"] for e in latents])
-    delta = mean_std([np.diff(e["z_mean"], axis=0) for e in latents])
+    z = spread([e["z_mean"] for e in latents])
+    delta = spread([np.diff(e["z_mean"], axis=0) for e in latents])
     noise = torch.tensor(np.mean(np.concatenate([e["z_std"] for e in latents]) ** 2, axis=0)).float()
     z["std"] = (z["std"] ** 2 + noise).sqrt()
     delta["std"] = (delta["std"] ** 2 + 2 * noise).sqrt()

@@ -133,7 +133,7 @@ class VMC:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster."""
         budget, taken, total = self._left(), [], 0
-        numbers: Iterator[int] = itertools.count(first) if episodes is None else iter(range(first, first + episodes))
+        numbers = itertools.count(first) if episodes is None else range(first, first + episodes)
         goal = steps if episodes is None else episodes
         with self.log.progress(label, goal) as bar:
             results = self.executor.collect(numbers, "collect")

@@ -372,6 +372,24 @@ class VMC:
         self.record = dict(arrays.get("search", {}))
 
 
+def collect(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:
+    """Only a run's first episodes; `train` in the same directory goes on from there."""
+    run = VMC(config, out, executor, log)
+    run.restore()
+    state = run.state
+    if (state["iteration"], state["phase"]) == (0, "collect"):
+        run.collect()
+        state["phase"] = "fit"
+        run.save()
+    returns = state["random"]
+    return {
+        "env_id": config.env.id,
+        "episodes": len(returns),
+        "real_env_steps": state["real_env_steps"],
+        **{k: v for k, v in summarise(returns, [0]).items() if k.startswith("return_")},
+    }
+
+
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:
     """Run, or go on with, a V-M-C run in `out`; returns its summary."""
     return VMC(config, out, executor, log).run()

@@ -12,8 +12,8 @@ from raywm.collect import Collector
 from raywm.data.episode import validate
 from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
-from raywm.runtime.workers import CollectWorker, StoreWorker
 from raywm.runtime.pool import WorkerPool
+from raywm.runtime.workers import CollectWorker, StoreWorker
 from raywm.spaces import ActionCodec
 
 COUNTING = {"id": "raywm/Counting-v0", "kwargs": {"image": True}}

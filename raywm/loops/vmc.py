@@ -6,6 +6,7 @@ a checkpoint: so a resumed run goes on at the phase it died in, and ends as if n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from raywm import checkpoint
 from raywm.agent import Exploring
@@ -26,7 +26,6 @@ from raywm.learners.reinforce import Reinforce
 from raywm.log import RunLog
 from raywm.loops.parts import Parts, in_order
 from raywm.seeding import derive
-from raywm.seeding import rng as stream
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
 TRIALS = BLOCK // 2
@@ -157,10 +156,16 @@ class VMC:
 
     def fit(self) -> None:
         """V and M, from the weights of the last turn, to all episodes so far."""
-        with self.log.progress("fit", None) as bar:
+        with contextlib.ExitStack() as stack:
+            bars: dict[str, Any] = {}
 
             def report(phase: str, step: int, steps: int, loss: float | None = None) -> None:
-                bar.set(phase=phase, step=f"{step}/{steps}", **({} if loss is None else {"loss": loss}))
+                if phase not in bars:
+                    stack.close()  # the phase before has ended
+                    bars[phase] = stack.enter_context(self.log.progress(f"fit {phase}", steps))
+                bars[phase].advance(step - bars[phase].done)
+                if loss is not None:
+                    bars[phase].set(loss=loss)
 
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report

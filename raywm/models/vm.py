@@ -255,8 +255,8 @@ class VM(WorldModel):
             mse = error.mean().detach().clamp(min=1e-6)
             kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # (N, Z)
             kl = (kl * (kl.mean(0) > self.free_bits)).sum(-1)  # a dimension below its free bits is not pulled at all
-            # the gradient of D/2 log MSE, written as a row's own share
-            total = total + 0.5 * error.sum(-1) / mse + self.beta * kl
+            # a Gaussian's log-likelihood with the batch's own MSE as its variance: the gradient of D/2 log MSE
+            total = total + 0.5 * (error / mse + mse.log()).sum(-1) + self.beta * kl
             metrics |= {f"{name}_mse": mse, f"{name}_kl": kl.mean().detach()}
         states = self.initial(rows * steps) | {"z": torch.cat(latents, -1).detach()}
         valid = batch.mask.flatten() & ~batch.is_terminal.flatten()

@@ -102,7 +102,7 @@ class VMC:
             if count < 1 or self._left() <= 0:
                 return
             inner = self.parts.agent(self.weights, self.theta, state["iteration"])
-            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore, config.hold))
+            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore))
             played = self._take(state["iteration"] * BLOCK, episodes=count, label="collect (exploring)")
         if played:
             self._tell("collect", **summarise([p[2] for p in played], [p[1] for p in played]))
@@ -371,7 +371,11 @@ class VMC:
         self.state.update(saved.state)
         self.log.truncate(self.state["log_rows"])
         tensors, arrays = saved.tensors, saved.arrays
-        self.weights, self.optimisers, self.starts = tensors["model"], tensors.get("optimisers", {}), tensors.get("starts", {})
+        self.weights, self.optimisers, self.starts = (
+            tensors["model"],
+            tensors.get("optimisers", {}),
+            tensors.get("starts", {}),
+        )
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
         self.record = dict(arrays.get("search", {}))

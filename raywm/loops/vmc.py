@@ -70,12 +70,12 @@ class VMC:
     def run(self) -> dict[str, Any]:
         """Go through the phases that are left; returns what `summary.json` holds."""
         self.restore()
-        if (self.out / "summary.json").exists() and self.state["phase"] == "done" and not self._may_go_on():
-            return json.loads((self.out / "summary.json").read_text())
-        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
-        state = self.state
-        if state["phase"] == "done":  # a larger budget continues a finished run
+        state, summary = self.state, self.out / "summary.json"
+        if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
             state.update(phase="collect", stopped=None, iteration=state["iteration"] + 1)
+        if state["phase"] == "done" and summary.exists():
+            return json.loads(summary.read_text())
+        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
         while state["phase"] in phases:
             getattr(self, state["phase"])()
             at = phases.index(state["phase"])
@@ -302,9 +302,6 @@ class VMC:
         if state["iteration"] + 1 >= self.config.iterations:
             return f"{self.config.iterations} iterations done"
         return None
-
-    def _may_go_on(self) -> bool:
-        return self._stop() is None
 
     def evaluate(self) -> dict[str, Any]:
         """The best controller's final measurement, which decides nothing, and the run's summary."""

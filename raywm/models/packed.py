@@ -27,6 +27,7 @@ from raywm.models.base import Noise, State, Step
 if TYPE_CHECKING:
     from raywm.models.vm import VM
 
+BLOCK = 256  # rows whose gates fit a core's own cache: pointwise passes over all of them are bound by memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -57,7 +58,7 @@ class PackedVM:
         x = p.weight_ih_l0  # (4H, Z + A), gates i, f, g, o
         gates = torch.cat([x[:, :z], p.weight_hh_l0, x[:, z:], (p.bias_ih_l0 + p.bias_hh_l0).unsqueeze(1)], 1)
         i, f, g, o = gates.chunk(4)
-        self.sigmoids, self.tanhs = self._matrix(torch.cat([i, f, o])), self._matrix(g)
+        self.gates, self.update = self._matrix(torch.cat([i, f, o])), self._matrix(g)
 
         def first(layer: nn.Linear) -> Tensor:
             """A head's first layer sees [h, z, a] and perhaps z'."""
@@ -89,9 +90,9 @@ class PackedVM:
     def _kept(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A buffer that outlives the step: fresh megabytes cost their page faults, every time."""
         buffer = self.scratch.get(name)
-        if buffer is None or buffer.shape[0] != rows:
-            buffer = self.scratch[name] = torch.empty(rows, columns, dtype=dtype, device=self.sigmoids.device)
-        return buffer
+        if buffer is None or len(buffer) < rows:
+            buffer = self.scratch[name] = torch.empty(rows, columns, dtype=dtype, device=self.gates.device)
+        return buffer[:rows]
 
     def features(self, state: State) -> Tensor:
         if self.model.feature_kind == "zh" and "zh" in state:
@@ -120,19 +121,23 @@ class PackedVM:
 
     def _tick(self, x: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """The LSTM: input rows and c (B, H) -> h, written where it belongs, and c."""
-        rows, n = x.shape[0], self.hidden
-        gates = self._product("gates", x, self.sigmoids).sigmoid_()
-        update = self._product("update", x, self.tanhs).tanh_()
-        i, f, o = gates[:, :n], gates[:, n : 2 * n], gates[:, 2 * n :]
-        c = torch.mul(c, f).addcmul_(i, update)
-        return torch.mul(o, torch.tanh(c, out=update), out=h), c
+        n, after = self.hidden, torch.empty_like(c)
+        gates, updates = self._product("gates", x, self.gates), self._product("update", x, self.update)
+        for at in range(0, len(x), BLOCK):
+            rows = slice(at, at + BLOCK)
+            gate, update = self._fp32("gates", gates[rows]).sigmoid_(), self._fp32("update", updates[rows]).tanh_()
+            i, f, o = gate[:, :n], gate[:, n : 2 * n], gate[:, 2 * n :]
+            torch.mul(c[rows], f, out=after[rows]).addcmul_(i, update)
+            torch.mul(o, torch.tanh(after[rows], out=update), out=h[rows])
+        return h, after
 
     def _product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        """x @ weight in fp32 and in a kept buffer, whatever the product's precision."""
-        out = torch.mm(x, weight, out=self._kept(name, len(x), weight.shape[1], self.dtype))
-        if self.dtype == torch.float32:
-            return out
-        return self._kept(name + " fp32", *out.shape, torch.float32).copy_(out)
+        return torch.mm(x, weight, out=self._kept(name, len(x), weight.shape[1], self.dtype))
+
+    def _fp32(self, name: str, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return x
+        return self._kept(name + " fp32", *x.shape, torch.float32).copy_(x)
 
     def _sample(self, x: Tensor, noise: Noise, temperature: float) -> Tensor:
         """A draw from the mixture (B, Z), in units of the target. See `MDNRNN.sample`."""

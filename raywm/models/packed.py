@@ -1,17 +1,18 @@
 """A V-M for dreams alone: the same step as `VM.imagine`, without gradients, packed for speed.
 
-At 1024 rows (latent 32, hidden 256) the matrix products of a step take 5 ms in fp32 on one core with AVX-512 and 0.6 ms
-in bf16 with AMX, so what lies around them decides. A plain step casts its weights again at every call, concatenates
-the input of every layer, copies every bias into an output of 4 MB and walks the gates eight times. Here
+At 1024 rows (latent 32, hidden 256) the matrix products of a step take 5 ms in fp32 on one core with AVX-512 but 0.8 ms
+in bf16 with AMX, so what lies around them decides: a plain step casts its weights at every call, concatenates the input
+of every layer, copies every bias over a whole output and walks outputs of 4 MB a dozen times, with page faults. Here
 
-- weights are cast and laid out once, biases being a row of their matrices;
+- weights are cast and laid out once; the first layers' biases are a row of their matrices;
 - a step's input [z, h, a, 1, z'] is one buffer, which h' and z' enter in place: nothing is concatenated;
-- the four gates are one product into a buffer that stays; three sigmoids and two tanhs are each one contiguous walk;
-- only the picked component's mean and log std are read;
-- the reward's and the end's heads are one two-layer network.
+- the gates' products go to buffers that stay, and are finished block by block inside a core's own cache;
+- only the picked component's mean and log std are read, and only there is their bias added;
+- the reward's and the end's heads are one network of two layers.
 
-State and pointwise arithmetic stay in fp32 (tanh and sigmoid are no faster in bf16 on a CPU, and a residual z would lose
-its small changes); precision is that of the matrix products only.
+What remains of a bf16 step: a third matrix products, a third the gates' pointwise work, the rest the mixture's draw,
+the controllers and copies. States and pointwise arithmetic stay in fp32 (tanh and sigmoid are slower in bf16 on a CPU,
+and a residual z would lose its small changes); the precision is that of the matrix products only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raywm.models.base import Noise, State, Step
@@ -27,127 +29,136 @@ from raywm.models.base import Noise, State, Step
 if TYPE_CHECKING:
     from raywm.models.vm import VM
 
-BLOCK = 256  # rows whose gates fit a core's own cache: pointwise passes over all of them are bound by memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCK = 256  # rows a thread whose gates fit a core's own cache
 
 
 class PackedVM:
-    """Dreams like the VM it was built from, whose weights it copies. States are the VM's with one more leaf, "zh",
-    of which "z" and "h" are views; states without it are taken as well.
-
-    Not to be shared between threads: a step's widest tensors are kept for the next.
-    """
+    """Dreams like the VM it was built from, whose weights it copies. A state has one more leaf than the VM's, "zh", of
+    which "z" and "h" are views; states without it are taken as well. Not to be shared between threads."""
 
     def __init__(self, model: VM, precision: str = "fp32"):
         if precision not in DTYPES:
             raise ValueError(f"got dream.precision={precision!r}, expected one of {sorted(DTYPES)}")
         self.model, self.dtype = model, DTYPES[precision]
-        self.feat_dim, self.act_dim, self.initial, self.noise = model.feat_dim, model.act_dim, model.initial, model.noise
-        self.latent, self.hidden = model.latent, model.hidden
+        self.feat_dim, self.act_dim, self.initial, self.noise = (
+            model.feat_dim,
+            model.act_dim,
+            model.initial,
+            model.noise,
+        )
+        self.latent, self.hidden, self.mixtures = model.latent, model.hidden, model.memory.mixtures
         self.groups = 1 if model.memory.joint else model.latent  # mixtures a step
-        self.mixtures = model.memory.mixtures
-        self.scratch: dict[str, Tensor] = {}
+        self.buffers: _Buffers | None = None
         with torch.no_grad():
             self._pack()
 
     def _pack(self) -> None:
-        """The VM's weights as matrices from rows [z, h, a, 1, z'] or from hidden rows."""
-        m, model = self.model.memory, self.model
+        """The VM's weights as matrices (in, out) over columns [z, h, a, 1, z'], or over a hidden layer."""
+        vm, m, lstm = self.model, self.model.memory, self.model.memory.lstm
         z, h, a, k = self.latent, self.hidden, self.act_dim, self.mixtures
-        p = m.lstm
-        x = p.weight_ih_l0  # (4H, Z + A), gates i, f, g, o
-        gates = torch.cat([x[:, :z], p.weight_hh_l0, x[:, z:], (p.bias_ih_l0 + p.bias_hh_l0).unsqueeze(1)], 1)
-        i, f, g, o = gates.chunk(4)
-        self.gates, self.update = self._matrix(torch.cat([i, f, o])), self._matrix(g)
 
-        def first(layer: nn.Linear) -> Tensor:
-            """A head's first layer sees [h, z, a] and perhaps z'."""
-            w = layer.weight
-            return torch.cat([w[:, h : h + z], w[:, :h], w[:, h + z : h + z + a], layer.bias.unsqueeze(1), w[:, h + z + a :]], 1)
+        def matrix(weight: Tensor) -> Tensor:
+            return weight.t().to(self.dtype).contiguous()
 
-        one, _, two = m.mixture
-        self.mixture = self._matrix(first(one))
-        logits, mean, logstd = two.weight.split(m.head_sizes)
-        bias_logits, bias_mean, bias_logstd = two.bias.split(m.head_sizes)
-        # one row of 2Z (or, a mixture each, 2) numbers a component: mean, then log std
-        order = lambda w: w.view(self.groups, -1, k, *w.shape[1:]).transpose(1, 2)  # noqa: E731  (G, Z/G, K) -> (G, K, Z/G)
-        self.logits = self._matrix(logits), bias_logits.detach().to(self.dtype)
-        self.normals = (
-            self._matrix(torch.stack([order(mean), order(logstd)], 2).flatten(0, 3)),
-            torch.stack([order(bias_mean), order(bias_logstd)], 2).flatten().to(self.dtype),
-        )
-        self.arrive = self._matrix(torch.cat([first(m.reward[0]), first(m.end[0])]))
-        self.outcome = (
-            self._matrix(torch.block_diag(m.reward[2].weight, m.end[2].weight)),
-            torch.cat([m.reward[2].bias, m.end[2].bias]).to(self.dtype),
-        )
-        self.width, self.seen = z + h + a + 1 + z, z + h + a + 1
-        self.scales = model.target_mean, model.target_scale, model.reward_mean, model.reward_scale
+        def head(layer: nn.Linear) -> Tensor:
+            """A head's first layer, which sees [h, z, a] and perhaps z'."""
+            of_h, of_z, of_a, of_after = layer.weight.tensor_split([h, h + z, h + z + a], 1)
+            return torch.cat([of_z, of_h, of_a, layer.bias.unsqueeze(1), of_after], 1)
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        return weight.detach().t().to(self.dtype).contiguous()  # (out, in) -> (in, out)
+        def components(normal: Tensor) -> Tensor:
+            """(Z*K, *) -> (G, K, Z/G, *): a component's numbers side by side; G mixtures, of Z/G dimensions each."""
+            return normal.view(self.groups, z // self.groups, k, *normal.shape[1:]).transpose(1, 2)
 
-    def _kept(self, name: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A buffer that outlives the step: fresh megabytes cost their page faults, every time."""
-        buffer = self.scratch.get(name)
-        if buffer is None or len(buffer) < rows:
-            buffer = self.scratch[name] = torch.empty(rows, columns, dtype=dtype, device=self.gates.device)
-        return buffer[:rows]
+        of_z, of_a = lstm.weight_ih_l0.split([z, a], 1)
+        bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).unsqueeze(1)
+        i, f, g, o = torch.cat([of_z, lstm.weight_hh_l0, of_a, bias], 1).chunk(4)
+        self.gates, self.update = matrix(torch.cat([i, f, o])), matrix(g)
+        self.mixture = matrix(head(m.mixture[0]))
+        logits, mean, logstd = m.mixture[2].weight.split(m.head_sizes)
+        logits_bias, mean_bias, logstd_bias = m.mixture[2].bias.split(m.head_sizes)
+        self.logits, self.logits_bias = matrix(logits), logits_bias.clone()
+        self.normals = matrix(torch.stack([components(mean), components(logstd)], 2).flatten(0, 3))
+        self.normals_bias = torch.stack([components(mean_bias), components(logstd_bias)], 2).flatten(0, 1).flatten(1)
+        self.arrival = matrix(torch.cat([head(m.reward[0]), head(m.end[0])]))
+        self.outcome = matrix(torch.block_diag(m.reward[2].weight, m.end[2].weight))
+        self.reward_mean = vm.reward_mean + m.reward[2].bias * vm.reward_scale
+        self.end_shift = vm.end_shift - m.end[2].bias
+        self.reward_scale = vm.reward_scale.clone()
+        self.target_mean, self.target_scale = vm.target_mean.clone(), vm.target_scale.clone()
 
     def features(self, state: State) -> Tensor:
-        if self.model.feature_kind == "zh" and "zh" in state:
-            return state["zh"]
-        return self.model.features(state)
+        return state["zh"] if self.model.feature_kind == "zh" and "zh" in state else self.model.features(state)
 
     def imagine(self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0) -> Step:
-        z, c = state["z"], state["c"]
-        rows, zs, seen = z.shape[0], self.latent, self.seen
-        row = self._kept("row", rows, self.width, self.dtype)  # [z, h, a, 1, z']
-        row[:, : zs + self.hidden] = state["zh"] if "zh" in state else torch.cat([z, state["h"]], -1)
-        row[:, zs + self.hidden : seen - 1] = action
-        row[:, seen - 1] = 1.0
-        zh = torch.empty(rows, zs + self.hidden, device=z.device)
-        h, c = self._tick(row[:, :seen], c, zh[:, zs:])
-        row[:, zs : zs + self.hidden] = h
-        after = self._sample(row[:, :seen], noise, temperature)
-        target_mean, target_scale, reward_mean, reward_scale = self.scales
-        after = torch.addcmul(target_mean, after, target_scale)
-        after = torch.add(z, after, out=zh[:, :zs]) if self.model.residual else zh[:, :zs].copy_(after)
-        row[:, seen:] = after
-        hidden = nn.functional.silu(row @ self.arrive, inplace=True)
-        reward, end = torch.addmm(self.outcome[1], hidden, self.outcome[0]).float().unbind(1)
-        reward = torch.addcmul(reward_mean, reward, reward_scale)
-        return Step({"z": after, "h": h, "c": c, "zh": zh}, reward, torch.sigmoid(self.model.end_shift - end))
+        rows, device = len(action), action.device
+        b = self.buffers
+        if b is None or b.rows != rows:
+            b = self.buffers = _Buffers(self, rows, device)
+        b.zh.copy_(state["zh"] if "zh" in state else torch.cat([state["z"], state["h"]], -1))
+        b.action.copy_(action)
+        zh = torch.empty(rows, self.latent + self.hidden, device=device)
+        z, h = zh.split([self.latent, self.hidden], -1)
+        c = self._tick(b, state["c"], h)
+        b.h.copy_(h)
+        draw = self._draw(b, noise, temperature)
+        if self.model.residual:
+            torch.add(state["z"], draw, out=z)
+        else:
+            z.copy_(draw)
+        b.after.copy_(z)
+        hidden = F.silu(b.row @ self.arrival, inplace=True)
+        reward, end = (hidden @ self.outcome).float().unbind(1)
+        reward = torch.addcmul(self.reward_mean, reward, self.reward_scale)
+        return Step({"z": z, "h": h, "c": c, "zh": zh}, reward, torch.sigmoid(self.end_shift - end))
 
-    def _tick(self, x: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The LSTM: input rows and c (B, H) -> h, written where it belongs, and c."""
-        n, after = self.hidden, torch.empty_like(c)
-        gates, updates = self._product("gates", x, self.gates), self._product("update", x, self.update)
-        for at in range(0, len(x), BLOCK):
-            rows = slice(at, at + BLOCK)
-            gate, update = self._fp32("gates", gates[rows]).sigmoid_(), self._fp32("update", updates[rows]).tanh_()
-            i, f, o = gate[:, :n], gate[:, n : 2 * n], gate[:, 2 * n :]
-            torch.mul(c[rows], f, out=after[rows]).addcmul_(i, update)
-            torch.mul(o, torch.tanh(after[rows], out=update), out=h[rows])
-        return h, after
+    def _tick(self, b: _Buffers, c: Tensor, h: Tensor) -> Tensor:
+        """The LSTM: c (B, H) -> c, and h (B, H) where it belongs."""
+        torch.mm(b.seen, self.gates, out=b.gates)
+        torch.mm(b.seen, self.update, out=b.update)
+        after = torch.empty_like(c)
+        parts = (x.split(b.block) for x in (b.gates, b.update, c, after, h))
+        for gates, update, before, now, out in zip(*parts, strict=True):
+            gates, update = b.fp32(gates, update)
+            i, f, o = gates.sigmoid_().chunk(3, -1)
+            torch.mul(before, f, out=now).addcmul_(i, update.tanh_())
+            torch.mul(o, torch.tanh(now, out=update), out=out)
+        return after
 
-    def _product(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(x, weight, out=self._kept(name, len(x), weight.shape[1], self.dtype))
-
-    def _fp32(self, name: str, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return x
-        return self._kept(name + " fp32", *x.shape, torch.float32).copy_(x)
-
-    def _sample(self, x: Tensor, noise: Noise, temperature: float) -> Tensor:
-        """A draw from the mixture (B, Z), in units of the target. See `MDNRNN.sample`."""
-        hidden = nn.functional.silu(x @ self.mixture, inplace=True)
-        logits = torch.addmm(self.logits[1], hidden, self.logits[0]).float().view(-1, self.mixtures)  # (B*G, K)
-        normals = torch.addmm(self.normals[1], hidden, self.normals[0])  # (B, G*K*2*Z/G)
+    def _draw(self, b: _Buffers, noise: Noise, temperature: float) -> Tensor:
+        """A draw from the mixture, (B, Z) in units of z. See `MDNRNN.sample`."""
+        hidden = F.silu(b.seen @ self.mixture, inplace=True)
+        logits = ((hidden @ self.logits).float() + self.logits_bias).view(-1, self.mixtures)  # (B*G, K)
         mass = (logits - logits.amax(-1, keepdim=True)).div_(temperature).exp_().cumsum(-1)
-        pick = (mass < noise["pick"].view(-1, 1) * mass[:, -1:]).sum(-1)
-        pick += torch.arange(0, len(mass) * self.mixtures, self.mixtures, device=pick.device)
-        picked = normals.view(len(mass) * self.mixtures, -1).index_select(0, pick).float()  # (B*G, 2*Z/G)
+        pick = (mass < noise["pick"].view(-1, 1) * mass[:, -1:]).sum(-1)  # (B*G,)
+        normals = (hidden @ self.normals).view(len(mass) * self.mixtures, -1)  # (B*G*K, 2*Z/G)
+        picked = normals.index_select(0, pick + b.mixture).float() + self.normals_bias.index_select(0, pick + b.group)
         mean, logstd = picked.chunk(2, -1)
         std = logstd.clamp(-6.0, 4.0).exp_().mul_(math.sqrt(temperature))
-        return torch.addcmul(mean, std, noise["z"].view_as(std)).view(len(x), -1)
+        draw = torch.addcmul(mean, std, noise["z"].view_as(std)).view(-1, self.latent)
+        return torch.addcmul(self.target_mean, draw, self.target_scale)
+
+
+class _Buffers:
+    """What a step of `rows` rows writes and the next may overwrite, and its parts: fresh megabytes cost page faults,
+    and a view as much time as a small operation."""
+
+    def __init__(self, model: PackedVM, rows: int, device: torch.device):
+        z, h, a = model.latent, model.hidden, model.act_dim
+        self.rows, self.block = rows, BLOCK * torch.get_num_threads()
+        self.row = torch.ones(rows, z + h + a + 1 + z, dtype=model.dtype, device=device)
+        self.zh, self.action, _, self.after = self.row.split([z + h, a, 1, z], -1)
+        self.h, self.seen = self.zh[:, z:], self.row[:, : z + h + a + 1]
+        self.gates = self.row.new_empty(rows, 3 * h)
+        self.update = self.row.new_empty(rows, h)
+        self.wide = torch.empty(min(rows, self.block), 4 * h, device=device)
+        mixtures = torch.arange(rows * model.groups, device=device)
+        self.mixture, self.group = mixtures * model.mixtures, mixtures % model.groups * model.mixtures
+
+    def fp32(self, gates: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+        """A block of gates to work on: itself, or a copy if it is narrower."""
+        if gates.dtype == torch.float32:
+            return gates, update
+        n = gates.shape[1]
+        wide = self.wide[: len(gates)]
+        return wide[:, :n].copy_(gates), wide[:, n:].copy_(update)

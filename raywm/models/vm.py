@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raywm.models.base import Fit, Noise, State, Step, WorldModel
 from raywm.models.nets import MLPVAE, ConvVAE, Standardise, mlp
+from raywm.models.packed import PackedVM
 
 if TYPE_CHECKING:
     from raywm.data.batch import Batch
@@ -198,6 +199,9 @@ class VM(WorldModel):
         reward = reward.clamp(self.reward_range[0], self.reward_range[1])
         cont = torch.sigmoid(self.end_shift - self.memory.end(hxz).squeeze(-1))
         return Step({"z": z, "h": h, "c": c}, reward, cont)
+
+    def dreamer(self, precision: str = "fp32") -> PackedVM:
+        return PackedVM(self, precision)
 
     def decode(self, state: State) -> dict[str, Tensor]:
         return self.vision.decode(state["z"])

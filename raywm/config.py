@@ -239,7 +239,7 @@ def presets() -> list[str]:
 def load(preset_or_file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a preset or a YAML file, with ``key=value`` overrides applied in order.
 
-    Raises ValueError: unknown preset or key (with the nearest right one), wrong type or value, YAML that does not parse.
+    Raises ValueError: unknown preset or key (with the nearest right one), wrong type or value, bad YAML.
     """
     source = str(preset_or_file)
     data = _read(preset_or_file)

@@ -1,0 +1,366 @@
+"""The command line: collect, train, evaluate, dream, report, bench.
+
+Commands import what they run, so that ``--help`` and a typo in a key cost a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raywm import __version__
+from raywm import config as configs
+from raywm.config import RunConfig
+
+app = typer.Typer(
+    help="World models and the agents that learn inside them, on Ray.",
+    epilog="First steps: raywm train cartpole",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure raywm on this machine.")
+app.add_typer(bench, name="bench")
+
+PresetArg = Annotated[
+    str, typer.Argument(metavar="PRESET|FILE", help=f"A YAML file, or one of: {', '.join(configs.presets())}.")
+]
+OverridesArg = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Config values, e.g. seed=1 collect.workers=4.")
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", "-o", help="The run's directory.", show_default="runs/PRESET-seedSEED")
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out; start it if there is none.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="A running Ray cluster to join.", show_default="a private local Ray")
+]
+InProcessOption = Annotated[bool, typer.Option("--in-process", hidden=True, help="One process, without Ray.")]
+RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class _State:
+    debug = False
+
+
+def main() -> None:
+    """The `raywm` command."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"raywm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", envvar="RAYWM_DEBUG", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    _State.debug = debug
+
+
+@app.command()
+def collect(
+    preset: PresetArg,
+    overrides: OverridesArg = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    address: AddressOption = None,
+    in_process: InProcessOption = False,
+) -> None:
+    """Play a run's first real episodes, and stop.
+
+    They are collect.initial_steps long and lie in RUN/episodes; train --resume goes on from there.
+
+    \b
+    Example: raywm collect cartpole collect.initial_steps=20000 --out runs/data
+    """
+    _run("collect", preset, overrides or [], out, resume, address, in_process)
+
+
+@app.command()
+def train(
+    preset: PresetArg,
+    overrides: OverridesArg = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    address: AddressOption = None,
+    in_process: InProcessOption = False,
+) -> None:
+    """Train a controller in the dreams of a world model.
+
+    Collects real episodes, fits the model to them, evolves the controller in its dreams, measures it in reality, and
+    repeats until target.real_return, budget.real_steps or iterations is reached. A stopped or killed run continues with --resume. At a resume only iterations, address, workers, budget, target,
+    evaluate and log may change.
+
+    \b
+    Examples:
+      raywm train cartpole
+      raywm train cartpole env.id=Acrobot-v1 seed=3 collect.workers=4 --out runs/acrobot --resume
+    """
+    _run("train", preset, overrides or [], out, resume, address, in_process)
+
+
+@app.command()
+def evaluate(
+    run: RunArg,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Real episodes.", show_default="of the run")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seeds the episodes.", show_default="of the run")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Play a run's controller in the real environment.
+
+    \b
+    Example: raywm evaluate runs/cartpole-seed0 --episodes 100
+    """
+    with _errors():
+        config = _config_of(run)
+        from raywm.agent import load_agent
+        from raywm.evaluate import evaluate as measure
+        from raywm.log import Console
+
+        count = episodes or config.evaluate.episodes
+        with Console(stream=sys.stderr).progress("evaluating", count) as bar:
+            result = measure(
+                load_agent(run).agent,
+                config.env,
+                config.seed if seed is None else seed,
+                count,
+                progress=bar.advance,
+            )
+        _print_result(result, as_json)
+
+
+@app.command()
+def dream(
+    run: RunArg,
+    video: Annotated[bool, typer.Option("--video", help="Write a video of reality beside the dream.")] = False,
+    episodes: Annotated[int, typer.Option(min=1, help="Dreams.")] = 100,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seeds the dreams.", show_default="of the run")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Play a run's controller in its own dream.
+
+    Prints its dream returns beside the real ones, or makes a video (of image environments) with --video.
+
+    \b
+    Example: raywm dream runs/doom --video
+    """
+    with _errors():
+        config = _config_of(run)
+        from raywm.log import Console
+
+        with Console(stream=sys.stderr).progress("dreaming"):
+            if video:
+                from raywm.report import dream_video  # type: ignore[attr-defined]
+
+                result: dict[str, Any] = {"video": str(dream_video(run))}
+            else:
+                from raywm.evaluate import evaluate_dream
+
+                result = evaluate_dream(run, config.seed if seed is None else seed, episodes)
+        _print_result(result, as_json)
+
+
+@app.command()
+def report(run: RunArg) -> None:
+    """Write a run's report, one self-contained page.
+
+    RUN/report.html holds everything there is to see about a run.
+
+    \b
+    Example: raywm report runs/cartpole-seed0
+    """
+    with _errors():
+        _config_of(run)
+        from raywm.log import Console
+        from raywm.report import write_report  # type: ignore[attr-defined]
+
+        with Console(stream=sys.stderr).progress("writing the report"):
+            path = write_report(run)
+        typer.echo(f"report: {path}")
+
+
+@bench.callback()
+def _bench() -> None:
+    """Measure raywm on this machine."""
+
+
+@bench.command("dream")
+def bench_dream(
+    seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 5.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure dream steps per second.
+
+    One unit of the DreamPool, against one rollout a process, a plain batch, and the floor of the model's matmuls.
+
+    \b
+    Example: raywm bench dream --seconds 10
+    """
+    with _errors():
+        from raywm.bench.dream import main as measure
+
+        measure(seconds=seconds, as_json=as_json)
+
+
+def _run(
+    command: str,
+    preset: str,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    address: str | None,
+    in_process: bool,
+) -> None:
+    with _errors():
+        config = configs.load(preset, overrides)
+        if address is not None:
+            config = config.model_copy(update={"address": address})
+        out = out or Path("runs") / f"{Path(preset).stem}-seed{config.seed}"
+        arguments = [preset, *overrides, "--out", str(out), *(["--address", address] if address else [])]
+        arguments += [*(["--in-process"] if in_process else []), "--resume"]
+        with _open_run(out, config, resume), _interruptible(["raywm", command, *arguments]):
+            from raywm.log import RunLog
+
+            with RunLog(out, config.log.tensorboard, config.log.console) as log:
+                log.say(f"{out}: {config.env.id}, seed {config.seed}")
+                with _executor(config, out, in_process) as executor:
+                    if command == "collect":
+                        from raywm.loops.vmc import collect as loop
+                    else:
+                        from raywm.loops.vmc import train as loop
+                    result = loop(config, out, executor, log)
+                _print_result(result, as_json=False, quiet=not config.log.console)
+                if command == "collect":
+                    log.say(f"train on them: {shlex.join(['raywm', 'train', *arguments])}")
+                else:
+                    from raywm.report import write_report  # type: ignore[attr-defined]
+
+                    with log.progress("writing the report"):
+                        path = write_report(out)
+                    log.say(f"report: {path}")
+
+
+def _executor(config: RunConfig, out: Path, in_process: bool) -> Any:
+    if in_process:
+        from raywm.loops.executor import InProcess
+
+        return InProcess(config, out)
+    from raywm.runtime.executor import RayExecutor
+
+    return RayExecutor(config, out, config.address)
+
+
+@contextlib.contextmanager
+def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
+    """Start the run directory `out`, or reopen it, and hold it against a second process."""
+    from raywm.checkpoint import clear_disk_errors
+
+    path = out / "config.yaml"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: got a file, expected a directory")
+    if path.exists():
+        if not resume:
+            raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")
+        configs.diff_for_resume(configs.load(path), config)
+    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no run (no config.yaml); give another --out")
+    with clear_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        _lock(lock, out)
+        with clear_disk_errors(path):
+            configs.save(config, path)
+        yield
+
+
+def _lock(file: Any, out: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{out} is being written by another process; wait for it, or give another --out") from None
+    except OSError:
+        return  # a file system without locks
+
+
+@contextlib.contextmanager
+def _interruptible(command: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if _State.debug:
+            traceback.print_exc()
+        typer.echo(f"\nstopped; continue with: {shlex.join(command)}", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """What the user can mend in one line; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if _State.debug:
+            traceback.print_exc()
+        # an error raised on a Ray worker comes with the worker's traceback around it: the line is in its cause
+        cause = getattr(error, "cause", None)
+        shown = cause if isinstance(cause, Exception) else error
+        text = shown.strerror if isinstance(shown, OSError) and shown.strerror and not shown.filename else str(shown)
+        typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _config_of(run: Path) -> RunConfig:
+    """The config of an existing run."""
+    if not (run / "config.yaml").is_file():
+        parent = run.parent if run.parent.is_dir() else Path()
+        runs = sorted(str(p.parent) for p in [*parent.glob("*/config.yaml"), *Path("runs").glob("*/config.yaml")])
+        near = difflib.get_close_matches(str(run), runs, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"runs: {', '.join(runs[:8])}" if runs else "start one first"
+        raise ValueError(f"no run in {run} (no config.yaml); {hint}")
+    return configs.load(run / "config.yaml")
+
+
+def _print_result(result: dict[str, Any], as_json: bool, quiet: bool = False) -> None:
+    from raywm.checkpoint import plain
+
+    result = plain(result)
+    if as_json:
+        typer.echo(json.dumps(result))
+    elif not quiet:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table.grid(padding=(0, 2))
+        for key, value in result.items():
+            if not isinstance(value, (dict, list)):
+                table.add_row(key, f"{value:.6g}" if isinstance(value, float) else str(value))
+        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+if __name__ == "__main__":
+    main()

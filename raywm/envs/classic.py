@@ -177,7 +177,7 @@ class LinearWorldEnv(gym.Env):
     A = np.array([[1.0, 0.2], [0.0, 0.95]])
     B = np.array([[0.02], [0.2]])
     Q = np.diag([1.0, 0.1])
-    R = np.array([[0.1]])
+    R = np.array([[0.5]])
     NOISE, START, BOUND = 0.02, 0.5, 5.0
 
     def __init__(self, steps: int = STEPS):

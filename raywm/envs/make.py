@@ -98,7 +98,8 @@ def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
     if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
         return _make_doom(id, limit, kwargs)
     try:
-        return gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+        env = gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+        return FreshWorld(env) if entry.startswith("gymnasium.envs.box2d") else env
     except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
         extra = next((extra for word, extra in FAMILIES if word in entry), None)
         fix = f'pip install "raywm[{extra}]"' if extra else "install what it names"
@@ -228,12 +229,41 @@ class ActionRepeat(gym.Wrapper):
         return obs, total, terminated, truncated, info
 
 
+class FreshWorld(gym.Wrapper):
+    """A new Box2D world for every episode.
+
+    gymnasium's BipedalWalker and CarRacing play all episodes in one world, whose solver remembers: an episode would
+    depend on those before it, and so on how episodes are dealt to workers.
+    """
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict]:
+        import Box2D
+
+        base: Any = self.env.unwrapped
+        base._destroy()
+        listener = getattr(base, "contactListener_keepref", None)
+        base.world = Box2D.b2World(gravity=base.world.gravity, contactListener=listener)
+        return self.env.reset(**kwargs)
+
+
 def _is_doom(env: gym.Env) -> bool:
     return any(c.__module__.startswith("vizdoom.") for c in type(env.unwrapped).__mro__)
 
 
+# $$ is the engine after exec. The engine outlives a killed parent for ever, so somebody has to watch.
+LAUNCHER = """#!/bin/sh
+cd {home} || exit 1
+(
+  while kill -0 $PPID; do kill -0 $$ || exit; sleep 2; done
+  kill -9 $$
+  rm -rf {home}
+) </dev/null >/dev/null 2>&1 &
+exec {engine} "$@"
+"""
+
+
 def _make_doom(id: str, limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
-    """ViZDoom whose engine runs in a directory of its own.
+    """ViZDoom whose engine runs in a directory of its own and dies with its owner.
 
     The engine leaves `_vizdoom` and `_vizdoom.ini` in its working directory, and several engines in one directory
     share (and race for) that settings file. It is another process, so a launcher that changes the directory first
@@ -242,9 +272,8 @@ def _make_doom(id: str, limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
     import vizdoom
 
     home = tempfile.TemporaryDirectory(prefix="raywm-doom-", ignore_cleanup_errors=True)
-    launcher = Path(home.name) / "vizdoom"
-    engine = Path(vizdoom.__file__).parent / "vizdoom"
-    launcher.write_text(f'#!/bin/sh\ncd {shlex.quote(home.name)} && exec {shlex.quote(str(engine))} "$@"\n')
+    launcher, engine = Path(home.name) / "vizdoom", Path(vizdoom.__file__).parent / "vizdoom"
+    launcher.write_text(LAUNCHER.format(home=shlex.quote(home.name), engine=shlex.quote(str(engine))))
     launcher.chmod(launcher.stat().st_mode | stat.S_IXUSR)
     for key, value in kwargs.items():  # the engine's directory is not the one that relative paths were meant for
         if key.endswith("_path") and isinstance(value, str) and os.path.exists(value):

@@ -1,147 +1,471 @@
-"""The one episode store: append-only Arrow segments on local disk, and frozen snapshots to fit on."""
+"""The one episode store: append-only Arrow segments on local disk, FIFO by bytes.
+
+A piece is acknowledged (``add`` returns) once its bytes are with the operating system, so it survives kill -9 of the
+process. Sealed segments are fsynced and survive the machine. The page cache is the RAM tier: what is kept in memory
+is the index and, of the one open segment, the pieces that were read.
+"""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
+import bisect
+import fcntl
+import json
+import os
+import re
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
-import torch
+import pyarrow as pa
 
 from raywm.data.batch import Batch
-from raywm.data.episode import FLAGS, Episode
+from raywm.data.episode import FLAGS, Episode, from_arrow, table_meta, to_table, validate
+from raywm.data.segment import DamagedError, Piece, Segment, columns_crc, walk_pieces
+from raywm.data.snapshot import Snapshot, draw, gather
 from raywm.spaces import ActionCodec
 
+__all__ = ["DamagedError", "EpisodeStore", "Snapshot"]
 
-class Snapshot:
-    """A frozen set of whole episodes, ordered by id: the same episodes and generator always give the same batches."""
+NAME = re.compile(r"segment-(\d{8})(\.open)?\.arrows")
+LOCK_PATIENCE = 5.0  # seconds: a killed owner's lock goes with its process, which may take a moment
 
-    def __init__(self, episodes: Sequence[Episode], codec: ActionCodec):
-        self.episodes = tuple(sorted(episodes, key=lambda e: e.id))
-        self.codec = codec
-        self.ids = [e.id for e in self.episodes]
-        if len(set(self.ids)) < len(self.ids):
-            twice = next(a for a, b in zip(self.ids, self.ids[1:]) if a == b)
-            raise ValueError(f"episode {twice!r} is given twice, expected every id once")
-        self._ends = np.cumsum([len(e) for e in self.episodes], dtype=np.int64)
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """An episode in the index."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    rows: int = 0
+    complete: bool = False
+    views: list[Episode] | None = None  # one a piece, once touched
+
+
+class EpisodeStore:
+    """Episodes on local disk, in a directory that one process writes at a time.
+
+    `columns` and `codec`, where given, are what every episode is held against; `codec` is needed to make batches.
+    `capacity_bytes`: whole sealed segments are evicted, oldest first, beyond it. `read_only` opens a directory that
+    another process may be writing, as it is now, and changes nothing in it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        columns: Mapping[str, gym.spaces.Box] | None = None,
+        codec: ActionCodec | None = None,
+        segment_bytes: int = 64 * 2**20,
+        capacity_bytes: int | None = None,
+        read_only: bool = False,
+    ):
+        if segment_bytes < 1 or (capacity_bytes is not None and capacity_bytes < 1):
+            raise ValueError(f"segment_bytes={segment_bytes}, capacity_bytes={capacity_bytes}: expected at least 1")
+        self.path, self.columns, self.codec = Path(path), columns, codec
+        self.capacity_bytes, self.read_only = capacity_bytes, read_only
+        # Eviction is by whole segments: a few of them must fit, or it would empty the store.
+        self.segment_bytes = segment_bytes if capacity_bytes is None else min(segment_bytes, capacity_bytes // 4 + 1)
+        self.set_aside: list[str] = []  # names of damaged files, of this opening
+        self._mutex = threading.RLock()
+        self._entries: dict[str, _Entry] = {}
+        self._ids: list[str] = []  # of complete episodes, sorted
+        self._ends: np.ndarray | None = None  # running total of their rows, or None when it is to be counted again
+        self._rows = 0
+        self._dropped: set[str] = set()  # incomplete episodes whose first pieces were evicted
+        self._segments: list[Segment] = []
+        self._schema: pa.Schema | None = None
+        self._lock: int | None = None
+        self._closed = False
+        if not read_only:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.path)
+        elif not self.path.is_dir():
+            raise ValueError(f"there is no store at {self.path}, expected a directory; collect into it first")
+        try:
+            self._load()
+        except BaseException:
+            self._release()
+            raise
+
+    # Opening
+
+    def _load(self) -> None:
+        found = sorted((match.group(1), name) for name in os.listdir(self.path) if (match := NAME.fullmatch(name)))
+        for number, name in found:
+            path, is_open = self.path / name, ".open." in name
+            try:
+                segment = Segment.load(path, int(number), is_open)
+                if self._schema is not None and segment.pieces and not segment.schema.equals(self._schema):
+                    raise DamagedError(f"its columns are {_names(segment.schema)}, not {_names(self._schema)}")
+            except DamagedError as error:
+                self._put_aside(path, error)
+                continue
+            if segment.pieces:
+                self._check_schema(segment.schema)
+            if is_open and not self.read_only:
+                segment = self._recover(segment)
+            if segment.pieces:
+                self._segments.append(segment)
+            else:
+                segment.close()
+        for piece in walk_pieces(self._segments):
+            self._index(piece)
+
+    def _recover(self, segment: Segment) -> Segment:
+        """The open segment of a process that is no more: cut off what it did not finish writing, and seal it."""
+        cut = segment.path.stat().st_size - segment.end
+        if not segment.pieces:
+            segment.close()
+            segment.path.unlink()  # nothing in it was ever acknowledged
+            return segment
+        if cut > 8:  # more than an end mark
+            warnings.warn(f"{segment.path}: cut off {cut} bytes of a piece that was not written whole", stacklevel=4)
+        segment.close()
+        segment.seal()
+        return segment
+
+    def _put_aside(self, path: Path, error: Exception) -> None:
+        self.set_aside.append(path.name)
+        aside = path.with_name(path.name + ".damaged")
+        if self.read_only:
+            warnings.warn(f"{path} is damaged and not read: {error}", stacklevel=4)
+            return
+        n = 1
+        while aside.exists():
+            n, aside = n + 1, path.with_name(f"{path.name}.{n}.damaged")
+        os.rename(path, aside)
+        warnings.warn(f"{path} is damaged and set aside as {aside.name}: {error}", stacklevel=4)
+
+    def _check_schema(self, schema: pa.Schema) -> None:
+        """The first segment decides, unless columns and codec did; a store of another environment is a mistake."""
+        if self._schema is not None:
+            return
+        types = {f.name: f.type for f in schema}
+        for name, expected in _types(self.columns, self.codec).items():
+            if types.get(name) != expected:
+                raise ValueError(
+                    f"the store at {self.path} has column {name!r} as {types.get(name)}, expected {expected}; it was "
+                    "collected in another environment: use another directory"
+                )
+        if self.columns is not None:
+            got = sorted(n for n in types if n.startswith("obs."))
+            if got != sorted(f"obs.{n}" for n in self.columns):
+                raise ValueError(
+                    f"the store at {self.path} has {got}, expected {sorted(self.columns)}; it was collected in another "
+                    "environment: use another directory"
+                )
+        self._schema = schema
+
+    # The index
+
+    def _index(self, piece: Piece) -> None:
+        entry = self._entries.get(piece.id)
+        if piece.first_row == 0 and (entry is None or not entry.complete):
+            entry = self._entries[piece.id] = _Entry()  # an episode that was begun again replaces its beginning
+        if entry is None or entry.complete or piece.first_row != entry.rows:
+            return  # the rest of an episode whose earlier pieces are gone
+        entry.pieces.append(piece)
+        entry.rows += piece.rows
+        if entry.views is not None:
+            entry.views = None
+        if piece.last:
+            entry.complete = True
+            bisect.insort(self._ids, piece.id)
+            self._rows += entry.rows
+            self._ends = None
+
+    def _forget(self, id: str) -> None:
+        entry = self._entries.pop(id, None)
+        if entry is not None and entry.complete:
+            del self._ids[bisect.bisect_left(self._ids, id)]
+            self._rows -= entry.rows
+            self._ends = None
 
     def __len__(self) -> int:
-        return len(self.episodes)
-
-    @property
-    def rows(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        """Complete episodes."""
+        return len(self._ids)
 
     @property
     def steps(self) -> int:
-        """Transitions: every episode has one less than rows."""
-        return self.rows - len(self.episodes)
+        """Transitions of the complete episodes."""
+        return self._rows - len(self._ids)
 
-    def split(self, held: float, least: int = 1) -> tuple[Snapshot, Snapshot]:
-        """(train, heldout) by a stable hash of the episode id, so an episode never changes sides as data grows.
+    @property
+    def bytes(self) -> int:
+        """Bytes on disk, without what is set aside."""
+        return sum(segment.end for segment in self._segments)
 
-        Of two or more episodes both sides get at least one, and at least `least` where there are enough for both:
-        the episodes nearest to the border change sides.
+    def ids(self) -> list[str]:
+        """Ids of the complete episodes, sorted."""
+        return list(self._ids)
+
+    def segments(self) -> list[Path]:
+        """The sealed files, oldest first: they do not change any more and may be copied elsewhere."""
+        return [segment.path for segment in self._segments if not segment.open]
+
+    # Writing
+
+    def add(self, piece: Episode | pa.Table) -> bool:
+        """Store an episode, or the next piece of one (``to_table(episode, first_row, stop)``).
+
+        Returns True once it is with the operating system, False for one that is here already. Raises ValueError for
+        what breaks the timing rule, holds NaN or leaves a gap, and OSError when the disk is full; the store stays
+        whole and usable.
         """
-        if not 0 <= held <= 1:
-            raise ValueError(f"held is {held}, expected a fraction in [0, 1]")
-        place = np.array([zlib.crc32(id.encode()) / 2**32 for id in self.ids])
-        least = min(max(least, 1), len(self) // 2)
-        count = int(np.clip((place < held).sum(), least, len(self) - least))
-        out = set(np.argsort(place, kind="stable")[:count].tolist())
-        train = [e for i, e in enumerate(self.episodes) if i not in out]
-        return Snapshot(train, self.codec), Snapshot([self.episodes[i] for i in out], self.codec)
+        if isinstance(piece, Episode):
+            episode, first_row = piece, 0
+        else:
+            meta = table_meta(piece)
+            episode, first_row = from_arrow(piece, meta["id"], meta["info"]), int(meta["first_row"])
+        last = len(episode) > 0 and bool(episode.is_last[-1]) or isinstance(piece, Episode)
+        with self._mutex:
+            self._writable()
+            validate(episode, self.columns, self.codec, first_row, last)
+            try:
+                json.dumps(episode.info)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"episode {episode.id!r}: info is not JSON ({error}); store plain values") from error
+            crc = columns_crc(episode)
+            if not self._is_new(episode, first_row, crc):
+                return False
+            table = to_table(episode).replace_schema_metadata(None)
+            if self._schema is None:
+                self._schema = table.schema
+            elif not table.schema.equals(self._schema):
+                raise ValueError(
+                    f"episode {episode.id!r} has columns {_names(table.schema)}, "
+                    f"expected {_names(self._schema)} as the store at {self.path} has"
+                )
+            segment = self._open_segment()
+            row = Piece(segment, 0, 0, episode.id, first_row, len(episode), last, crc, episode.info, checked=True)
+            segment.append(table.to_batches()[0], row)
+            self._index(row)
+            if segment.end >= self.segment_bytes:
+                self.seal()
+        return True
 
-    def sample(
-        self, B: int, T: int, rng: np.random.Generator, obs: Sequence[dict[str, np.ndarray]] | None = None
-    ) -> Batch:
-        """B sequences of T rows, uniform over steps; sequences of shorter episodes are padded (`mask` False).
+    def _is_new(self, episode: Episode, first_row: int, crc: int) -> bool:
+        entry = self._entries.get(episode.id)
+        if entry is not None and entry.complete:
+            return False  # ids are deterministic: the same episode, played again after a death
+        if entry is None:
+            if first_row and episode.id in self._dropped:
+                return False
+            if first_row == 0:
+                self._dropped.discard(episode.id)
+        for piece in entry.pieces if entry else ():
+            if (piece.first_row, piece.rows, piece.crc) == (first_row, len(episode), crc):
+                return False
+        stored = entry.rows if entry else 0
+        if first_row not in (0, stored):
+            raise ValueError(
+                f"episode {episode.id!r}: a piece begins at row {first_row}, expected {stored} (or 0, to begin again); "
+                "add its pieces in order, each once"
+            )
+        return True
 
-        `obs`: columns computed once for each episode (same order as `.episodes`), used instead of the observations.
+    def _open_segment(self) -> Segment:
+        if self._segments and self._segments[-1].open:
+            return self._segments[-1]
+        taken = [int(m.group(1)) for name in os.listdir(self.path) if (m := re.match(r"segment-(\d{8})\.", name))]
+        assert self._schema is not None
+        segment = Segment.create(self.path, max(taken, default=0) + 1, self._schema)
+        self._segments.append(segment)
+        return segment
+
+    def seal(self) -> None:
+        """Close the open segment and bring it to disk; then evict what is beyond the capacity."""
+        with self._mutex:
+            self._writable()
+            if not self._segments or not self._segments[-1].open:
+                return
+            segment = self._segments[-1]
+            if not segment.pieces:
+                self._segments.pop()
+                segment.close()
+                segment.path.unlink()
+                return
+            segment.seal()
+            for id in {piece.id for piece in segment.pieces}:
+                if id in self._entries:
+                    self._entries[id].views = None  # they were copies; from now on the mapping serves
+            self._evict()
+
+    def _evict(self) -> None:
+        while self.capacity_bytes is not None and self.bytes > self.capacity_bytes and len(self._segments) > 1:
+            segment = self._segments.pop(0)
+            for piece in segment.pieces:
+                entry = self._entries.get(piece.id)
+                if entry is not None and piece in entry.pieces:
+                    if not entry.complete:
+                        self._dropped.add(piece.id)
+                    self._forget(piece.id)
+            segment.close()
+            segment.path.unlink(missing_ok=True)
+
+    def _writable(self) -> None:
+        if self.read_only or self._closed:
+            state = "closed" if self._closed else "open read-only"
+            raise ValueError(f"the store at {self.path} is {state}, expected it open for writing")
+
+    # Reading
+
+    def _views(self, id: str) -> list[Episode]:
+        entry = self._entries.get(id)
+        if entry is None or not entry.complete:
+            raise KeyError(f"no complete episode {id!r} among the {len(self)} at {self.path}")
+        if entry.views is None:
+            try:
+                entry.views = [piece.segment.read(piece) for piece in entry.pieces]
+            except DamagedError as error:
+                self._forget(id)  # so that it can be collected again
+                warnings.warn(f"{self.path}: episode {id!r} is damaged and no longer served: {error}", stacklevel=3)
+                raise
+        return entry.views
+
+    def get(self, id: str) -> Episode:
+        """One complete episode: read-only views of the disk (an episode stored in several pieces is a copy).
+
+        Raises KeyError for an unknown id and DamagedError (once; the episode is then forgotten) for a wrong CRC.
         """
-        if obs is not None and len(obs) != len(self):
-            raise ValueError(f"obs has columns for {len(obs)} episodes, expected {len(self)} as .episodes has")
-        episode, start = draw(self._ends, B, T, rng)
-        picked = [[self.episodes[i]] for i in episode]
-        columns = None if obs is None else [obs[i] for i in episode]
-        return gather(picked, start, T, self.codec, columns)
+        with self._mutex:
+            return _join(self._views(id))
 
-    def frames(self, column: str, B: int, rng: np.random.Generator) -> torch.Tensor:
-        """B rows of one observation column, uniform over all rows: (B, H, W, C) uint8 for images."""
-        if not self.episodes:
-            raise ValueError("the snapshot is empty; collect episodes before sampling")
-        if column not in self.episodes[0].obs:
-            raise ValueError(f"no observation column {column!r}, expected one of {sorted(self.episodes[0].obs)}")
-        row = rng.integers(self.rows, size=B)
-        episode = np.searchsorted(self._ends, row, side="right")
-        first = self.episodes[0].obs[column]
-        out = np.empty((B, *first.shape[1:]), first.dtype)
-        for b, (i, r) in enumerate(zip(episode, row)):
-            out[b] = self.episodes[i].obs[column][r - self._ends[i]]  # counted from the episode's end
-        return torch.from_numpy(out)
+    def snapshot(self, ids: Iterable[str] | None = None) -> Snapshot:
+        """A frozen set of episodes, ordered by id: all complete ones (but damaged ones), or exactly `ids`."""
+        codec = self._codec()
+        if ids is not None:
+            return Snapshot([self.get(id) for id in ids], codec)
+        episodes = []
+        for id in self.ids():
+            try:
+                episodes.append(self.get(id))
+            except DamagedError:
+                continue  # warned about, and served no more
+        return Snapshot(episodes, codec)
+
+    def sample(self, B: int, T: int, rng: np.random.Generator) -> Batch:
+        """B sequences of T rows from all complete episodes, drawn as ``Snapshot.sample`` draws them."""
+        codec = self._codec()
+        with self._mutex:
+            while True:
+                if self._ends is None:
+                    rows = [self._entries[id].rows for id in self._ids]
+                    self._ends = np.cumsum(rows, dtype=np.int64)
+                episode, start = draw(self._ends, B, T, rng)
+                try:
+                    picked = [self._views(id) for id in [self._ids[i] for i in episode]]
+                except DamagedError:
+                    continue
+                return gather(picked, start, T, codec)
+
+    def _codec(self) -> ActionCodec:
+        if self.codec is None:
+            raise ValueError(f"the store at {self.path} was opened without a codec; EpisodeStore(path, codec=...)")
+        return self.codec
+
+    def verify(self) -> dict[str, Any]:
+        """Hold every byte against its CRC. Returns counts, the ids of damaged episodes and the files set aside."""
+        with self._mutex:
+            damaged = []
+            for id, entry in list(self._entries.items()):
+                for piece in entry.pieces:
+                    piece.checked = False
+                    try:
+                        piece.segment.read(piece)
+                    except DamagedError:
+                        damaged.append(id)
+                        break
+            for id in damaged:
+                self._forget(id)
+            return {
+                "episodes": len(self),
+                "steps": self.steps,
+                "incomplete": sum(not entry.complete for entry in self._entries.values()),
+                "segments": len(self._segments),
+                "bytes": self.bytes,
+                "damaged": sorted(damaged),
+                "set_aside": list(self.set_aside),
+            }
+
+    # The end
+
+    def close(self) -> None:
+        """Seal the open segment and give the directory free. Batches and episodes already read stay valid."""
+        with self._mutex:
+            if self._closed:
+                return
+            try:
+                if not self.read_only:
+                    self.seal()
+            finally:
+                self._release()
+
+    def _release(self) -> None:
+        self._closed = True
+        for segment in self._segments:
+            segment.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> EpisodeStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # Not sealed: the next opening recovers it. But the directory must not stay locked by what nobody holds.
+        if not getattr(self, "_closed", True):
+            self._release()
 
 
-def draw(ends: np.ndarray, B: int, T: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(episode, start row) of B sequences, from the running total of rows at each episode's end.
-
-    An episode is drawn by its number of rows. The window's start is drawn from [-(T//2), L - T//2) and clipped into
-    the episode: so its first and last rows, where resets and terminations are, are seen as often as those inside.
-    """
-    if len(ends) == 0:
-        raise ValueError("there is no complete episode to sample from; collect episodes first")
-    if B < 1 or T < 1:
-        raise ValueError(f"asked for {B} sequences of {T} rows, expected at least 1 of each")
-    row = rng.integers(ends[-1], size=B)
-    episode = np.searchsorted(ends, row, side="right")
-    length = np.diff(ends, prepend=0)[episode]
-    start = rng.integers(-(T // 2), length - T // 2)
-    return episode, np.clip(start, 0, np.maximum(0, length - T))
-
-
-def gather(
-    episodes: Sequence[Sequence[Episode]],
-    starts: np.ndarray,
-    T: int,
-    codec: ActionCodec,
-    obs: Sequence[dict[str, np.ndarray]] | None = None,
-) -> Batch:
-    """Copy rows [start, start + T) of B episodes, each a list of consecutive pieces, into one new Batch."""
-    B, first = len(episodes), episodes[0][0]
-    like = first.obs if obs is None else obs[0]
-    columns = {name: torch.zeros((B, T, *c.shape[1:]), dtype=_torch_dtype(c)) for name, c in like.items()}
-    views = {name: column.numpy() for name, column in columns.items()}
-    action = np.broadcast_to(codec.zero(), (B, T, *codec.shape)).copy()
-    rest = {name: np.zeros((B, T), bool) for name in (*FLAGS, "mask")} | {"reward": np.zeros((B, T), np.float32)}
-    for b, pieces in enumerate(episodes):
-        at = 0  # rows already filled
-        skip = int(starts[b])
-        if obs is not None:
-            for name, column in obs[b].items():
-                part = column[skip : skip + T]
-                views[name][b, : len(part)] = part
-        for piece in pieces:
-            n = min(T - at, len(piece) - skip)
-            if n <= 0:
-                skip -= len(piece)
-                continue
-            to, source = slice(at, at + n), slice(skip, skip + n)
-            if obs is None:
-                for name, view in views.items():
-                    view[b, to] = piece.obs[name][source]
-            action[b, to] = piece.action[source]
-            rest["reward"][b, to] = piece.reward[source]
-            for flag in FLAGS:
-                rest[flag][b, to] = getattr(piece, flag)[source]
-            at, skip = at + n, 0
-            if at == T:
-                break
-        rest["mask"][b, :at] = True
-    encoded = codec.encode(action)  # (B,T,*shape) -> (B,T,A)
-    encoded[rest["is_first"] | ~rest["mask"]] = 0
-    tensors = {name: torch.from_numpy(values) for name, values in rest.items()}
-    ids = [pieces[0].id for pieces in episodes]
-    return Batch(obs=columns, action=torch.from_numpy(encoded), weight=torch.ones(B), ids=ids, **tensors)
+def _lock(path: Path) -> int:
+    """The directory's lock, which the operating system takes back when the process dies."""
+    fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    patience = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                os.close(fd)
+                raise ValueError(
+                    f"the store at {path} is being written by another process (or another EpisodeStore of this one); "
+                    "close that one, or open this one with read_only=True"
+                ) from None
+            time.sleep(0.05)
+        except OSError:
+            return fd  # a file system without locks: nothing to hold on to
 
 
-def _torch_dtype(column: np.ndarray) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, column.dtype)).dtype
+def _join(views: list[Episode]) -> Episode:
+    if len(views) == 1:
+        return views[0]
+    parts = [v.columns() for v in views]
+    whole = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    obs = {name: whole[f"obs.{name}"] for name in views[0].obs}
+    flags = {flag: whole[flag] for flag in FLAGS}
+    return Episode(views[0].id, obs, whole["action"], whole["reward"], info=views[-1].info, **flags)
+
+
+def _types(columns: Mapping[str, gym.spaces.Box] | None, codec: ActionCodec | None) -> dict[str, pa.DataType]:
+    """Arrow types of the columns that are known before there is any episode."""
+    flag = np.zeros(1, bool)
+    obs = {name: np.zeros((1, *box.shape), box.dtype) for name, box in (columns or {}).items()}
+    action = np.zeros((1, *codec.shape), codec.dtype) if codec else np.zeros(1)
+    schema = to_table(Episode("", obs, action, np.zeros(1, np.float32), flag, flag, flag)).schema
+    types = {f.name: f.type for f in schema}
+    if codec is None:
+        del types["action"]
+    return types
+
+
+def _names(schema: pa.Schema | None) -> dict[str, str]:
+    return {f.name: str(f.type) for f in schema or ()}

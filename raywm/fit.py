@@ -165,7 +165,7 @@ class Trainer:
                     if not math.isfinite(metrics["loss"]):
                         raise ValueError(f"got a {phase} loss of {metrics['loss']}, expected a finite one; lower fit.lr")
                     rows.append({"phase": phase, "step": step, "train_loss": float(loss.detach()), **metrics})
-                    if metrics["loss"] < best - 1e-4 * abs(best):
+                    if best_weights is None or metrics["loss"] < best - 1e-3:
                         best, best_weights, since = metrics["loss"], copy.deepcopy(model.state_dict()), 0
                     else:
                         since += 1

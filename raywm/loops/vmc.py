@@ -70,6 +70,7 @@ class VMC:
 
     def run(self) -> dict[str, Any]:
         """Go through the phases that are left; returns what `summary.json` holds."""
+        checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         self.restore()
         if (self.out / "summary.json").exists() and self.state["phase"] == "done" and not self._may_go_on():
             return json.loads((self.out / "summary.json").read_text())

@@ -107,8 +107,8 @@ def train(
     """Train a controller in the dreams of a world model.
 
     Collects real episodes, fits the model to them, evolves the controller in its dreams, measures it in reality, and
-    repeats until target.real_return, budget.real_steps or iterations is reached. A stopped or killed run continues with --resume. At a resume only iterations, address, workers, budget, target,
-    evaluate and log may change.
+    repeats until target.real_return, budget.real_steps or iterations is reached. A stopped or killed run continues with
+    --resume. At a resume only iterations, address, workers, timeouts, budget, target, evaluate and log may change.
 
     \b
     Examples:

@@ -117,7 +117,7 @@ class ActionCodec:
             return (vector > 0.5).reshape(*lead, *self.shape).astype(self.dtype)
         ends = np.cumsum(self.groups)
         choice = [vector[..., end - n : end].argmax(-1) for n, end in zip(self.groups, ends)]
-        return (np.stack(choice, -1) + self.starts).reshape(*lead, *self.shape).astype(self.dtype)[()]
+        return (np.stack(choice, -1) + self.starts).reshape((*lead, *self.shape)).astype(self.dtype)[()]
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
         """One environment action, uniform over the space, from the caller's generator."""
@@ -249,7 +249,7 @@ def columns_from_json(data: Mapping | str) -> dict[str, gym.spaces.Box]:
 
 def _bounds(bound: np.ndarray) -> Any:
     """Bounds as JSON: one number where all are equal (an image's 36,864 bounds are one 0), infinities by name."""
-    values = bound.astype(np.float64)
+    values: Any = bound.astype(np.float64)
     if (values == values.flat[0]).all():
         values = values.flat[0]
     return np.vectorize(lambda v: v if np.isfinite(v) else str(v), otypes=[object])(values).tolist()

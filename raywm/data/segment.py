@@ -60,6 +60,7 @@ class Segment:
     end: int = 0  # bytes up to the end of the last whole piece
     schema: pa.Schema | None = None
     pieces: list[Piece] = field(default_factory=list)
+    ended: bool = False  # whether the stream has its end mark
     _fd: int | None = None
     _map: pa.Buffer | None = None
 
@@ -109,6 +110,7 @@ class Segment:
                     self.end = source.tell()
         except StopIteration:
             rest = len(buffer) - self.end
+            self.ended = rest == len(END)
             return "" if rest in (0, len(END)) else f"{rest} bytes after the end of the stream"
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             return str(error)
@@ -196,7 +198,7 @@ def walk_pieces(segments: list[Segment]) -> Iterator[Piece]:
 def columns_crc(episode: Episode) -> int:
     crc = 0
     for column in episode.columns().values():
-        crc = zlib.crc32(np.ascontiguousarray(column).reshape(-1).view(np.uint8), crc)
+        crc = zlib.crc32(memoryview(np.ascontiguousarray(column).reshape(-1).view(np.uint8)), crc)
     return crc
 
 

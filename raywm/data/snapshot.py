@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ def gather(
             column[b, at:] = 0
     encoded = codec.encode(action)  # (B,T,*shape) -> (B,T,A)
     encoded[rest["is_first"] | ~rest["mask"]] = 0
-    tensors = {name: torch.from_numpy(values) for name, values in rest.items()}
+    tensors: dict[str, Any] = {name: torch.from_numpy(values) for name, values in rest.items()}
     ids = [pieces[0].id for pieces in episodes]
     obs_tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
     return Batch(obs=obs_tensors, action=torch.from_numpy(encoded), weight=torch.ones(B), ids=ids, **tensors)

@@ -99,12 +99,14 @@ class EpisodeStore:
             path, is_open = self.path / name, ".open." in name
             try:
                 segment = Segment.load(path, int(number), is_open)
-                if self._schema is not None and segment.pieces and not segment.schema.equals(self._schema):
+                if self._schema is not None and segment.pieces and segment.schema != self._schema:
                     raise DamagedError(f"its columns are {_names(segment.schema)}, not {_names(self._schema)}")
             except DamagedError as error:
                 self._put_aside(path, error)
                 continue
-            if segment.pieces:
+            if not is_open and not segment.ended:
+                warnings.warn(f"{path} has no end mark: pieces at its end may be missing; the rest is served", stacklevel=3)
+            if segment.schema is not None and segment.pieces:
                 self._check_schema(segment.schema)
             if is_open and not self.read_only:
                 segment = self._recover(segment)
@@ -164,8 +166,10 @@ class EpisodeStore:
 
     def _index(self, piece: Piece) -> None:
         entry = self._entries.get(piece.id)
-        if piece.first_row == 0 and (entry is None or not entry.complete):
-            entry = self._entries[piece.id] = _Entry()  # an episode that was begun again replaces its beginning
+        if piece.first_row == 0:
+            # Begun again: by the twin of a dead worker, or after the first one was found damaged. The later one holds.
+            self._forget(piece.id)
+            entry = self._entries[piece.id] = _Entry()
         if entry is None or entry.complete or piece.first_row != entry.rows:
             return  # the rest of an episode whose earlier pieces are gone
         entry.pieces.append(piece)
@@ -235,7 +239,7 @@ class EpisodeStore:
             table = to_table(episode).replace_schema_metadata(None)
             if self._schema is None:
                 self._schema = table.schema
-            elif not table.schema.equals(self._schema):
+            elif table.schema != self._schema:
                 raise ValueError(
                     f"episode {episode.id!r} has columns {_names(table.schema)}, "
                     f"expected {_names(self._schema)} as the store at {self.path} has"
@@ -316,6 +320,8 @@ class EpisodeStore:
 
     def _views(self, id: str) -> list[Episode]:
         entry = self._entries.get(id)
+        if self._closed:
+            raise ValueError(f"the store at {self.path} is closed; open it again (read_only=True to read)")
         if entry is None or not entry.complete:
             raise KeyError(f"no complete episode {id!r} among the {len(self)} at {self.path}")
         if entry.views is None:

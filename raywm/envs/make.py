@@ -169,9 +169,9 @@ class Columns(gym.ObservationWrapper):
         if resize and importlib.util.find_spec("cv2") is None:
             raise ValueError("resize needs OpenCV; pip install opencv-python-headless")
         self._images = images if crop or resize or grayscale else []
-        boxes = dict(self._raw)
+        boxes: dict[str, gym.Space] = dict(self._raw)
         for name in self._images:
-            height, width, channels = boxes[name].shape
+            height, width, channels = self._raw[name].shape
             top, bottom, left, right = crop or (0, 0, 0, 0)
             if top + bottom >= height or left + right >= width or min(top, bottom, left, right) < 0:
                 raise ValueError(
@@ -283,21 +283,22 @@ def _make_doom(id: str, limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
     return env
 
 
+DOOM_COLUMNS = {"screen": "image", "gamevariables": "vector"}
+
+
 class Doom(gym.Wrapper):
     """ViZDoom under the timing rule: named columns, no black last frame, and a timeout that is not a death."""
-
-    NAMES = {"screen": "image", "gamevariables": "vector"}
 
     def __init__(self, env: gym.Env):
         super().__init__(env)
         space = env.observation_space
         assert isinstance(space, gym.spaces.Dict)
-        self.observation_space = gym.spaces.Dict({self.NAMES.get(k, k): v for k, v in space.spaces.items()})
+        self.observation_space = gym.spaces.Dict({DOOM_COLUMNS.get(k, k): v for k, v in space.spaces.items()})
         self._last: dict[str, Any] = {}
 
     def reset(self, **kwargs: Any) -> tuple[dict[str, Any], dict]:
         obs, info = self.env.reset(**kwargs)
-        self._last = {self.NAMES.get(k, k): v for k, v in obs.items()}
+        self._last = {DOOM_COLUMNS.get(k, k): v for k, v in obs.items()}
         return self._last, info
 
     def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict]:
@@ -305,7 +306,7 @@ class Doom(gym.Wrapper):
         game = self.env.unwrapped
         # At the end there is no state, and its zeros would teach a model that dying means black: repeat the last one.
         if game.state is not None:  # type: ignore[attr-defined]
-            self._last = {self.NAMES.get(k, k): v for k, v in obs.items()}
+            self._last = {DOOM_COLUMNS.get(k, k): v for k, v in obs.items()}
         if terminated and truncated and not game.game.is_player_dead():  # type: ignore[attr-defined]
             terminated = False  # ViZDoom calls its own timeout both
         return self._last, reward, terminated, truncated, info

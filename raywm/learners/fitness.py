@@ -12,8 +12,6 @@ from raywm.dream import dream_returns
 from raywm.learners.reinforce import Reinforce
 from raywm.models import build_model
 from raywm.models.base import State, take
-from raywm.seeding import derive
-from raywm.spaces import ActionCodec
 
 
 class DreamWorker:

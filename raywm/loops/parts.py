@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -142,6 +143,13 @@ def units(theta: np.ndarray, size: int) -> list[np.ndarray]:
     short = -len(theta) % size
     padded = np.concatenate([theta, np.repeat(theta[-1:], short, 0)])
     return list(padded.reshape(-1, size, theta.shape[1]))
+
+
+def chunks(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Possibly endless numbers, `size` at a time."""
+    numbers = iter(numbers)
+    while chunk := list(itertools.islice(numbers, size)):
+        yield chunk
 
 
 def in_order(results: Iterable[tuple[int, int, float]], first: int) -> Iterator[tuple[int, int, float]]:

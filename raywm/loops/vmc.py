@@ -6,6 +6,7 @@ a checkpoint: so a resumed run goes on at the phase it died in, and ends as if n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from raywm import checkpoint
 from raywm.agent import Exploring
@@ -26,7 +26,6 @@ from raywm.learners.reinforce import Reinforce
 from raywm.log import RunLog
 from raywm.loops.parts import Parts, in_order
 from raywm.seeding import derive
-from raywm.seeding import rng as stream
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
 TRIALS = BLOCK // 2
@@ -134,7 +133,7 @@ class VMC:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster."""
         budget, taken, total = self._left(), [], 0
-        numbers: Iterator[int] = itertools.count(first) if episodes is None else iter(range(first, first + episodes))
+        numbers = itertools.count(first) if episodes is None else range(first, first + episodes)
         goal = steps if episodes is None else episodes
         with self.log.progress(label, goal) as bar:
             results = self.executor.collect(numbers, "collect")
@@ -158,10 +157,16 @@ class VMC:
 
     def fit(self) -> None:
         """V and M, from the weights of the last turn, to all episodes so far."""
-        with self.log.progress("fit", None) as bar:
+        with contextlib.ExitStack() as stack:
+            bars: dict[str, Any] = {}
 
             def report(phase: str, step: int, steps: int, loss: float | None = None) -> None:
-                bar.set(phase=phase, step=f"{step}/{steps}", **({} if loss is None else {"loss": loss}))
+                if phase not in bars:
+                    stack.close()  # the phase before has ended
+                    bars[phase] = stack.enter_context(self.log.progress(f"fit {phase}", steps))
+                bars[phase].advance(step - bars[phase].done)
+                if loss is not None:
+                    bars[phase].set(loss=loss)
 
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report
@@ -371,6 +376,24 @@ class VMC:
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
         self.record = dict(arrays.get("search", {}))
+
+
+def collect(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:
+    """Only a run's first episodes; `train` in the same directory goes on from there."""
+    run = VMC(config, out, executor, log)
+    run.restore()
+    state = run.state
+    if (state["iteration"], state["phase"]) == (0, "collect"):
+        run.collect()
+        state["phase"] = "fit"
+        run.save()
+    returns = state["random"]
+    return {
+        "env_id": config.env.id,
+        "episodes": len(returns),
+        "real_env_steps": state["real_env_steps"],
+        **{k: v for k, v in summarise(returns, [0]).items() if k.startswith("return_")},
+    }
 
 
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:

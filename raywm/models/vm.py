@@ -150,6 +150,7 @@ class VM(WorldModel):
         self.register_buffer("target_scale", torch.ones(z))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_scale", torch.ones(()))
+        self.register_buffer("reward_range", torch.tensor([-math.inf, math.inf]))
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -194,6 +195,7 @@ class VM(WorldModel):
             z = state["z"] + z
         hxz = torch.cat([hx, z], -1)
         reward = self.memory.reward(hxz).squeeze(-1) * self.reward_scale + self.reward_mean
+        reward = reward.clamp(self.reward_range[0], self.reward_range[1])
         cont = torch.sigmoid(self.end_shift - self.memory.end(hxz).squeeze(-1))
         return Step({"z": z, "h": h, "c": c}, reward, cont)
 
@@ -219,6 +221,10 @@ class VM(WorldModel):
                 std = statistics[name]["std"]
                 getattr(self, f"{prefix}_mean").copy_(statistics[name]["mean"])
                 getattr(self, f"{prefix}_scale").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        if "reward" in statistics:
+            # a dream may promise a spread more than was ever received, not whatever the head extrapolates to
+            reward = statistics["reward"]
+            self.reward_range.copy_(torch.stack([reward["min"] - reward["std"], reward["max"] + reward["std"]]))
 
     # ------------------------------------------------------------------------------------------------ losses
 

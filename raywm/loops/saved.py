@@ -54,7 +54,13 @@ class Saved:
             self.why = f"{self.path} has no fitted model yet; continue the run with --resume"
             return
         self.model = build_model(**self.spec["model"])
-        self.model.load_state_dict(saved.tensors["best_model" if tried else "model"])
+        try:
+            self.model.load_state_dict(saved.tensors["best_model" if tried else "model"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.path}: the saved model does not fit this raywm ({str(error).splitlines()[-1].strip()}); "
+                "use the version that trained it"
+            ) from None
         self.model.eval()
         self.theta = saved.arrays["controller"]["best" if tried else "theta"]
 

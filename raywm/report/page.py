@@ -471,8 +471,7 @@ def trajectory(run: Run, episode: Episode, rows: int, label: str, samples: int =
     name = run.vectors[0]
     replay = measure.replay(run, episode, rows, samples)
     flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
-    dreams = flat.reshape(rows, samples, -1).astype(np.float64)
-    dreams[replay.alive < 0.5] = np.nan  # a dream that is over says nothing more
+    dreams = flat.reshape(rows, samples, -1)
     truth = np.asarray(episode.obs[name][:rows])
     dims = varying(truth)[:DIMS]
     end = rows - 1 if episode.is_terminal[-1] and rows == len(episode) else None
@@ -548,7 +547,7 @@ p { margin:.4em 0; max-width:75ch } .kicker, .how, figcaption, .key { color:var(
 .tile { border:1px solid var(--line); border-radius:10px; padding:10px 12px; display:flex; flex-direction:column }
 .tile span { color:var(--muted); font-size:.85rem } .tile b { font-size:1.35rem; line-height:1.3; font-variant-numeric:tabular-nums }
 .tile small { color:var(--muted); font-size:.75rem; line-height:1.3 } .tile.real b { color:var(--real) } .tile.dream b { color:var(--dream) }
-.grid { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,330px),1fr)); gap:16px; align-items:start; margin:.6em 0 }
+.grid { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:16px; align-items:start; margin:.6em 0 }
 .grid.wide { grid-template-columns:1fr }
 figure { margin:0; min-width:0 } svg { width:100%; height:auto; display:block } .grid:not(.wide) svg { max-width:520px }
 svg text { font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }

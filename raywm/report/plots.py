@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 # Matplotlib is given these placeholders; the page's CSS says what they are in light and in dark.
@@ -171,7 +172,8 @@ def fitness(generations: list[dict], trials: dict[int, dict], lines_at: dict[str
     for (label, value), dash in zip(lines_at.items(), ("--", ":"), strict=False):
         if value is not None:
             ax.axhline(value, color=MUTED, linestyle=dash, linewidth=1.2, label=label)
-    ax.set_xlim(0.5, max(at, 1) + 0.8)
+    ax.set_xlim(0.5, max(at, 1) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     legend(ax, ncols=2)
     return svg(fig)
 
@@ -183,7 +185,9 @@ def gaps(calibration: dict[int, float], controller: dict[int, float]) -> str:
     for values, color, label in ((controller, DREAM, "controller gap"), (calibration, OTHER, "calibration gap (random policy)")):
         turns = sorted(values)
         ax.plot(turns, [values[t] for t in turns], color=color, marker="o", label=label)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    turns = sorted({*calibration, *controller})
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlim(turns[0] - 0.5, turns[-1] + 0.5)
     legend(ax)
     return svg(fig)
 
@@ -285,11 +289,16 @@ def calibration(pit: np.ndarray) -> str:
 
 
 def trajectories(title: str, truth: np.ndarray, dreams: np.ndarray, alive: np.ndarray, end: int | None, names: Sequence[str]) -> str:
-    """(T, D) reality, (T, S, D) dreams from the same start under the same actions, (T, S) their survival."""
+    """(T, D) reality, (T, S, D) dreams from the same start under the same actions, (T, S) their survival.
+
+    A dream is shown while it is more likely alive than not, and the band while a tenth of them are."""
+    living = alive >= 0.5  # (T, S)
+    living &= living.mean(1, keepdims=True) >= 0.1
+    shown = np.where(living[..., None], dreams, np.nan)
     fig, axes = figure(title, "step", "", (4.7, 0.7 + 1.0 * (len(names) + 1)), len(names) + 1)
     x = np.arange(len(truth))
     for i, (ax, name) in enumerate(zip(axes, names, strict=False)):
-        low, q1, middle, q3, high = np.quantile(dreams[:, :, i], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
+        low, q1, middle, q3, high = np.nanquantile(shown[:, :, i], [0.05, 0.25, 0.5, 0.75, 0.95], axis=1)
         band(ax, x, low, high, DREAM, 0.2)
         band(ax, x, q1, q3, DREAM, 0.3)
         ax.plot(x, middle, color=DREAM, linewidth=1.2, label="dreams: median, 50 %, 90 %")

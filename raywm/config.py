@@ -76,8 +76,10 @@ class CollectConfig(Section):
 
     workers: Count = Field(2, description="Collector actors.")
     envs: Count = Field(8, description="Environments an actor plays at once.")
-    policy: Literal["random", "sticky"] = Field("random", description="Who plays first; sticky holds its actions.")
-    hold: Count = Field(10, description="The sticky policy holds an action for 1 to this many steps.")
+    policy: Literal["mixed", "random", "sticky"] = Field(
+        "mixed", description="Who plays first: a new action every step, held ones, or a time scale an episode."
+    )
+    hold: Count = Field(30, description="The sticky policy holds an action for 1 to this many steps.")
     initial_steps: Count = Field(4000, description="Real steps before the first fit.")
     episodes: Count = Field(10, description="Episodes a turn, played with the controller.")
     explore: Fraction = Field(0.1, description="Chance a step of a random action, in episodes that are no trials.")

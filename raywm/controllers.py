@@ -36,30 +36,33 @@ class Controller:
             theta[: fan * self.hidden] = np.random.default_rng(0).normal(size=fan * self.hidden) / np.sqrt(fan)
         return theta
 
+    def layers(self, theta: Tensor) -> list[Tensor]:
+        """(P, D) flat parameters -> weights (P, a, b) and biases (P, 1, b) in turn."""
+        parts = theta.split([a * b for a, b in self.shapes], 1)
+        return [part.unflatten(1, shape).contiguous() for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def forward(self, layers: Sequence[Tensor], features: Tensor) -> Tensor:
+        """Layers of P controllers and (P, E, F) features -> (P, E, A) unbounded scores."""
+        out = torch.baddbmm(layers[1], features, layers[0])
+        for weight, bias in zip(layers[2::2], layers[3::2], strict=True):
+            out = torch.baddbmm(bias, torch.tanh(out), weight)
+        return out
+
     def scores(self, theta: Tensor, features: Tensor) -> Tensor:
         """(P, D) parameters and (P, E, F) features -> (P, E, A) unbounded scores."""
-        out, at = features, 0
-        for i, (a, b) in enumerate(self.shapes):
-            part = theta[:, at : at + a * b].unflatten(1, (a, b))  # (P, a, b)
-            at += a * b
-            if i % 2 == 0:
-                out = torch.bmm(out, part)
-            else:
-                out = out + part
-                if i + 1 < len(self.shapes):
-                    out = torch.tanh(out)
-        return out
+        return self.forward(self.layers(theta), features)
 
 
 class PopulationPolicy:
-    """P controllers as one policy over P x E rows, candidate-major."""
+    """P controllers (P, D) as one policy over P x E rows, candidate-major."""
 
     def __init__(self, controller: Controller, codec: ActionCodec, theta: Tensor):
-        self.controller, self.codec, self.theta = controller, codec, theta
+        self.controller, self.codec = controller, codec
+        self.layers = controller.layers(theta)  # once: a product with a slice of theta is three times slower
 
     def scores(self, features: Tensor) -> Tensor:
-        per = features.unflatten(0, (self.theta.shape[0], -1))  # (P*E, F) -> (P, E, F)
-        return self.controller.scores(self.theta, per).flatten(0, 1)
+        per = features.unflatten(0, (len(self.layers[0]), -1))  # (P*E, F) -> (P, E, F)
+        return self.controller.forward(self.layers, per).flatten(0, 1)
 
     def __call__(self, features: Tensor, t: int) -> Tensor:
         return self.codec.squash(self.scores(features))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raywm.models.base import Noise, State, WorldModel, repeat
+from raywm.models.base import Dreamer, Noise, State, repeat
 
 Policy = Callable[[Tensor, int], Tensor]  # features (B, F), t -> encoded action (B, A)
 
@@ -25,7 +25,7 @@ class Dream(NamedTuple):
 
 
 def dream(
-    model: WorldModel,
+    model: Dreamer,
     policy: Policy,
     start: State,
     horizon: int,
@@ -55,7 +55,7 @@ def dream(
 
 @torch.inference_mode()
 def dream_returns(
-    model: WorldModel,
+    model: Dreamer,
     policy: Policy,
     start: State,
     horizon: int,

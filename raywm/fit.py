@@ -92,7 +92,8 @@ class Trainer:
         """
         if len(snapshot.episodes) < 2:
             raise ValueError(
-                f"got {len(snapshot.episodes)} episode(s), expected at least 2 (one is held out); raise collect.initial_steps"
+                f"got {len(snapshot.episodes)} episode(s), expected at least 2 (one is held out); "
+                "raise collect.initial_steps"
             )
         train, held = snapshot.split(self.held_out)
         self.model.adapt(self._statistics(train))
@@ -164,7 +165,7 @@ class Trainer:
                 if step % self.evaluate_every == 0 or step == steps:
                     metrics = self._look(held_batches, phase)
                     if not math.isfinite(metrics["loss"]):
-                        raise ValueError(f"got a {phase} loss of {metrics['loss']}, expected a finite one; lower fit.lr")
+                        raise ValueError(f"{phase} loss: got {metrics['loss']}, expected a finite one; lower fit.lr")
                     rows.append({"phase": phase, "step": step, "train_loss": float(loss.detach()), **metrics})
                     if best_weights is None or metrics["loss"] < best - 1e-3:
                         best, best_weights, since = metrics["loss"], copy.deepcopy(model.state_dict()), 0
@@ -212,7 +213,7 @@ def has_fast_bf16(device: str) -> bool:
 
 
 def spread(parts: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Mean, std, min and max over all rows of all parts, in float64: sums of float32 squares lose small spreads around large means."""
+    """Mean, std, min and max over all rows of all parts; in float64, as float32 sums of squares lose small spreads."""
     rows = np.concatenate(parts).astype(np.float64)
     figures = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0)}
     return {name: torch.tensor(value).float() for name, value in figures.items()}

@@ -7,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from raywm.agent import Agent, Exploring, LiveAgent, RandomAgent, StickyAgent
+from raywm.agent import Agent, Exploring, LiveAgent, MixedAgent, RandomAgent, StickyAgent
 from raywm.collect import Collector
 from raywm.data.episode import validate
 from raywm.data.store import EpisodeStore
@@ -43,7 +43,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("envs", [1, 3, 8])
-@pytest.mark.parametrize("make", [RandomAgent, StickyAgent, Listening, lambda c: Exploring(Listening(c), c, 0.3)])
+@pytest.mark.parametrize(
+    "make", [RandomAgent, StickyAgent, MixedAgent, Listening, lambda c: Exploring(Listening(c), c, 0.3)]
+)
 def test_integrity_and_grouping(envs, make):
     one = Collector(COUNTING, seed=3, envs=envs)
     agent = make(one.codec)
@@ -154,7 +156,12 @@ def test_wrong_shapes_and_endless_episodes_are_named():
 )
 def test_random_agents_act_within_the_space_and_uniformly(space):
     codec = ActionCodec(space)
-    for agent in (RandomAgent(codec), StickyAgent(codec, 3), Exploring(RandomAgent(codec), codec, 0.5)):
+    for agent in (
+        RandomAgent(codec),
+        StickyAgent(codec, 3),
+        MixedAgent(codec, 9),
+        Exploring(RandomAgent(codec), codec, 0.5),
+    ):
         rngs = [np.random.default_rng(i) for i in range(4)]
         state, first, seen = agent.initial(4), np.ones(4, bool), []
         for _ in range(400):

@@ -24,9 +24,7 @@ class CMAES:
         separable: a diagonal covariance, "auto" from 512 parameters on.
     """
 
-    def __init__(
-        self, mean: np.ndarray, sigma: float, population: int, seed: int, separable: bool | str = "auto"
-    ):
+    def __init__(self, mean: np.ndarray, sigma: float, population: int, seed: int, separable: bool | str = "auto"):
         self._rng = np.random.default_rng(seed)
         diagonal = len(mean) >= FULL_LIMIT if separable == "auto" else bool(separable)
         options = {

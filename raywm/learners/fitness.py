@@ -43,12 +43,14 @@ class DreamWorker:
         self.model = build_model(**spec["model"]).to(device).eval()
         self.controller, self.codec = Controller(**spec["controller"]), spec["codec"]
         self.starts, self.horizon, self.temperature = starts, horizon, temperature
-        self.sampled_ends, self.bf16, self.device = sampled_ends, precision == "bf16", device
+        self.sampled_ends, self.precision, self.device = sampled_ends, precision, device
+        self.dreamer = self.model.dreamer(precision)
         self.pool: State = {}
 
     def load(self, weights: dict[str, torch.Tensor], pool: State) -> None:
         """Take a model's weights and the real states that dreams may start from, leaves (N, ...)."""
         self.model.load_state_dict(weights)
+        self.dreamer = self.model.dreamer(self.precision)
         self.pool = {k: v.to(self.device) for k, v in pool.items()}
 
     def _begin(self, seed: int, dreams: int) -> tuple[State, torch.Generator]:
@@ -80,17 +82,16 @@ class DreamWorker:
         return float(total.double().mean()), int(length.sum())
 
     def _returns(self, policy: Any, start: State, rng: torch.Generator, candidates: int) -> Any:
-        with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
-            return dream_returns(
-                self.model,
-                policy,
-                start,
-                self.horizon,
-                rng,
-                self.temperature,
-                candidates=candidates,
-                sampled_ends=self.sampled_ends,
-            )
+        return dream_returns(
+            self.dreamer,
+            policy,
+            start,
+            self.horizon,
+            rng,
+            self.temperature,
+            candidates=candidates,
+            sampled_ends=self.sampled_ends,
+        )
 
     def scripted(self, actions: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Dream returns and lengths (E,) of actions (H, E, A) drawn beforehand: a policy that does not look."""
@@ -107,5 +108,5 @@ class DreamWorker:
         start, rng = self._begin(seed, self.starts)
         learner = Reinforce(self.controller, self.codec, **sizes)
         learner.load(state)
-        metrics = learner.update(self.model, start, self.horizon, rng, self.temperature)
+        metrics = learner.update(self.dreamer, start, self.horizon, rng, self.temperature)
         return learner.state(), metrics

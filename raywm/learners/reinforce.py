@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from raywm.controllers import Controller
-from raywm.models.base import State, WorldModel, repeat
+from raywm.models.base import Dreamer, State, repeat
 from raywm.spaces import ActionCodec
 
 
@@ -47,7 +47,7 @@ class Reinforce:
         self.t = int(state.get("t", 0))
 
     def update(
-        self, model: WorldModel, start: State, horizon: int, rng: torch.Generator, temperature: float = 1.0
+        self, model: Dreamer, start: State, horizon: int, rng: torch.Generator, temperature: float = 1.0
     ) -> dict[str, float]:
         """One step of Adam up the gradient of the expected dream return from `start` (E, ...).
 
@@ -80,7 +80,7 @@ class Reinforce:
 
     @torch.no_grad()
     def _rollout(
-        self, model: WorldModel, start: State, horizon: int, rng: torch.Generator, temperature: float
+        self, model: Dreamer, start: State, horizon: int, rng: torch.Generator, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         state = repeat(start, self.repeats)
         rows = next(iter(state.values())).shape[0]

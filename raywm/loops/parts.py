@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from raywm.agent import RandomAgent, StickyAgent
+from raywm.agent import MixedAgent, RandomAgent, StickyAgent
 from raywm.config import RunConfig
 from raywm.controllers import Controller, ControllerAgent
 from raywm.data.store import Snapshot
@@ -50,7 +50,9 @@ class Parts:
 
     def first_agent(self) -> Any:
         collect = self.config.collect
-        return RandomAgent(self.codec) if collect.policy == "random" else StickyAgent(self.codec, collect.hold)
+        if collect.policy == "random":
+            return RandomAgent(self.codec)
+        return {"sticky": StickyAgent, "mixed": MixedAgent}[collect.policy](self.codec, collect.hold)
 
     def agent(self, weights: dict[str, torch.Tensor], theta: np.ndarray, version: int = 0) -> ControllerAgent:
         model = build_model(**self.spec["model"])

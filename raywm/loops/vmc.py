@@ -71,12 +71,12 @@ class VMC:
         """Go through the phases that are left; returns what `summary.json` holds."""
         checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         self.restore()
-        if (self.out / "summary.json").exists() and self.state["phase"] == "done" and not self._may_go_on():
-            return json.loads((self.out / "summary.json").read_text())
-        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
-        state = self.state
-        if state["phase"] == "done":  # a larger budget continues a finished run
+        state, summary = self.state, self.out / "summary.json"
+        if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
             state.update(phase="collect", stopped=None, iteration=state["iteration"] + 1)
+        if state["phase"] == "done" and summary.exists():
+            return json.loads(summary.read_text())
+        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
         while state["phase"] in phases:
             getattr(self, state["phase"])()
             at = phases.index(state["phase"])
@@ -103,7 +103,7 @@ class VMC:
             if count < 1 or self._left() <= 0:
                 return
             inner = self.parts.agent(self.weights, self.theta, state["iteration"])
-            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore, config.hold))
+            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore))
             played = self._take(state["iteration"] * BLOCK, episodes=count, label="collect (exploring)")
         if played:
             self._tell("collect", **summarise([p[2] for p in played], [p[1] for p in played]))
@@ -304,9 +304,6 @@ class VMC:
             return f"{self.config.iterations} iterations done"
         return None
 
-    def _may_go_on(self) -> bool:
-        return self._stop() is None
-
     def evaluate(self) -> dict[str, Any]:
         """The best controller's final measurement, which decides nothing, and the run's summary."""
         state = self.state
@@ -372,7 +369,11 @@ class VMC:
         self.state.update(saved.state)
         self.log.truncate(self.state["log_rows"])
         tensors, arrays = saved.tensors, saved.arrays
-        self.weights, self.optimisers, self.starts = tensors["model"], tensors.get("optimisers", {}), tensors.get("starts", {})
+        self.weights, self.optimisers, self.starts = (
+            tensors["model"],
+            tensors.get("optimisers", {}),
+            tensors.get("starts", {}),
+        )
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
         self.record = dict(arrays.get("search", {}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,16 @@ class Fit(NamedTuple):
     metrics: dict[str, Tensor]
     states: State  # leaves (B*T, ...), batch-major
     valid: Tensor  # (B*T,) rows that may start a dream: neither padding nor terminal
+
+
+class Dreamer(Protocol):
+    """What a dream needs of a model: `WorldModel` has it, and so has what `WorldModel.dreamer` returns."""
+
+    def noise(self, batch: int, rng: torch.Generator) -> Noise: ...
+
+    def imagine(self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0) -> Step: ...
+
+    def features(self, state: State) -> Tensor: ...
 
 
 class WorldModel(nn.Module, ABC):
@@ -61,6 +71,13 @@ class WorldModel(nn.Module, ABC):
     @abstractmethod
     def features(self, state: State) -> Tensor:
         """(B, F): all that a controller may see."""
+
+    def dreamer(self, precision: str = "fp32") -> Dreamer:
+        """What dreams fastest with the weights as they are now, without gradients; `precision` is that of its matrix
+        products. The model itself by default."""
+        if precision != "fp32":
+            raise ValueError(f"got dream.precision={precision!r}, expected fp32: this model knows no other")
+        return self
 
     @abstractmethod
     def decode(self, state: State) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raywm.models.base import Fit, Noise, State, Step, WorldModel
 from raywm.models.nets import MLPVAE, ConvVAE, Standardise, mlp
+from raywm.models.packed import PackedVM
 
 if TYPE_CHECKING:
     from raywm.data.batch import Batch
@@ -199,6 +200,9 @@ class VM(WorldModel):
         cont = torch.sigmoid(self.end_shift - self.memory.end(hxz).squeeze(-1))
         return Step({"z": z, "h": h, "c": c}, reward, cont)
 
+    def dreamer(self, precision: str = "fp32") -> PackedVM:
+        return PackedVM(self, precision)
+
     def decode(self, state: State) -> dict[str, Tensor]:
         return self.vision.decode(state["z"])
 
@@ -255,8 +259,8 @@ class VM(WorldModel):
             mse = error.mean().detach().clamp(min=1e-6)
             kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # (N, Z)
             kl = (kl * (kl.mean(0) > self.free_bits)).sum(-1)  # a dimension below its free bits is not pulled at all
-            # the gradient of D/2 log MSE, written as a row's own share
-            total = total + 0.5 * error.sum(-1) / mse + self.beta * kl
+            # a Gaussian's log-likelihood with the batch's own MSE as its variance: the gradient of D/2 log MSE
+            total = total + 0.5 * (error / mse + mse.log()).sum(-1) + self.beta * kl
             metrics |= {f"{name}_mse": mse, f"{name}_kl": kl.mean().detach()}
         states = self.initial(rows * steps) | {"z": torch.cat(latents, -1).detach()}
         valid = batch.mask.flatten() & ~batch.is_terminal.flatten()

@@ -43,9 +43,8 @@ class RayExecutor:
         self.threads = config.fit.threads or 1
         needed = config.collect.workers + config.dream.workers * config.dream.threads + self.threads
         self._started = not ray.is_initialized()
-        if self._started:
-            modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
-            connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
+        modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
+        connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         columns, codec = self.parts.columns, self.parts.codec
         path = str((Path(out) / "episodes").resolve())

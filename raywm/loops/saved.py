@@ -27,10 +27,14 @@ class Saved:
     def __init__(self, run: str | Path):
         self.path = Path(run)
         if not (self.path / "config.yaml").is_file():
-            raise ValueError(f"{self.path} has no config.yaml, expected the directory of a run, e.g. runs/cartpole-seed0")
+            raise ValueError(
+                f"{self.path} has no config.yaml, expected the directory of a run, e.g. runs/cartpole-seed0"
+            )
         self.config = configs.load(self.path / "config.yaml")
         if not (self.path / "spaces.json").is_file():
-            raise ValueError(f"{self.path} has no spaces.json: the run was stopped at its start; continue it with --resume")
+            raise ValueError(
+                f"{self.path} has no spaces.json: the run was stopped at its start; continue it with --resume"
+            )
         spaces = json.loads((self.path / "spaces.json").read_text())
         self.codec, self.columns = ActionCodec.from_json(spaces["action"]), columns_from_json(spaces["columns"])
         self.horizon: int = spaces["horizon"]

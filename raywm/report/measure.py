@@ -160,7 +160,11 @@ def own_dreams(run: Run, count: int, seed: int, most: int | None = None) -> OwnD
     firsts = gather([(run.snapshot.episodes[i], np.arange(1)) for i in unique])
     obs = take(encode(model, firsts), torch.from_numpy(back))
     state = model.posterior(
-        model.initial(count), torch.zeros(count, run.codec.dim), obs, torch.ones(count, dtype=torch.bool), model.noise(count, rng)
+        model.initial(count),
+        torch.zeros(count, run.codec.dim),
+        obs,
+        torch.ones(count, dtype=torch.bool),
+        model.noise(count, rng),
     )
     theta = torch.tensor(np.asarray(run.theta)[None], dtype=torch.float32)
     policy = PopulationPolicy(run.controller, run.codec, theta)
@@ -180,7 +184,9 @@ def own_dreams(run: Run, count: int, seed: int, most: int | None = None) -> OwnD
             alive.append(float(living[0]))
         if not bool((living > 1e-3).any()):
             break
-    return OwnDreams(total.double().numpy(), length.double().numpy(), torch.stack(zs), np.array(rewards), np.array(alive))
+    return OwnDreams(
+        total.double().numpy(), length.double().numpy(), torch.stack(zs), np.array(rewards), np.array(alive)
+    )
 
 
 def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -119,14 +119,24 @@ def header(run: Run) -> str:
         status = "Not finished: stopped before its first checkpoint."
     real, spread = figures["real"], figures["real_std"]
     tiles = [
-        ("real return", number(real) + (f" ± {number(spread)}" if spread is not None else ""), figures["real_note"], "real"),
+        (
+            "real return",
+            number(real) + (f" ± {number(spread)}" if spread is not None else ""),
+            figures["real_note"],
+            "real",
+        ),
         ("random policy", number(figures["random"]), "the same environment, random actions", ""),
         ("dream return", number(figures["dream"]), "the same controller in its dream", "dream"),
         ("dream gap", signed(figures["gap"]), "dream return − real return", ""),
         ("calibration gap", signed(figures["calibration"]), "the same for the random policy", ""),
         ("real steps", number(figures["steps"]), "that trained or decided anything", ""),
         ("dream steps", number(figures["dream_steps"]), "imagined", ""),
-        ("time", clock(figures["seconds"]), f"{summary.get('worker_deaths', state.get('worker_deaths', 0))} workers died", ""),
+        (
+            "time",
+            clock(figures["seconds"]),
+            f"{summary.get('worker_deaths', state.get('worker_deaths', 0))} workers died",
+            "",
+        ),
     ]
     cells = "".join(
         f'<div class="tile {kind}"><span>{name}</span><b>{html.escape(value)}</b><small>{html.escape(note)}</small></div>'
@@ -136,7 +146,9 @@ def header(run: Run) -> str:
     verdict = "".join(f"<p>{html.escape(line)}</p>" for line in trust(run, figures))
     kind = run.config.evolve.learner.upper().replace("CMAES", "CMA-ES")
     what = f"A {run.config.controller.kind} controller on V and M, trained by {kind} in the {run.config.evolve.where}"
-    what = what.replace("in the both", "in the dream, then in reality").replace("in the real", "in the real environment")
+    what = what.replace("in the both", "in the dream, then in reality").replace(
+        "in the real", "in the real environment"
+    )
     return (
         f"<header><p class='kicker'>raywm {raywm.__version__}, V-M-C</p>"
         f"<h1>{html.escape(run.config.env.id)} <small>seed {run.config.seed}</small></h1>"
@@ -225,7 +237,9 @@ def trust(run: Run, figures: dict[str, Any]) -> list[str]:
             f"{better} than “nothing changes” ({row['persist_15']:.2f})."
         )
     if run.config.dream.horizon is not None:
-        lines.append(f"Dreams last at most {run.config.dream.horizon} steps (dream.horizon); longer real episodes widen the gap.")
+        lines.append(
+            f"Dreams last at most {run.config.dream.horizon} steps (dream.horizon); longer real episodes widen the gap."
+        )
     return lines
 
 
@@ -309,27 +323,39 @@ def training(run: Run) -> str:
             continue
         x, marks = cumulative(of)
 
-        def chart(title: str, y: str, *columns: tuple[str, str, str], root: bool = False, **options: Any) -> None:
+        def chart(title: str, y: str, *columns: tuple[str, str, str], root: bool = False) -> None:
             series = []
             for column, label, color in columns:
                 values = plots.clean(row.get(column) for row in of)  # noqa: B023
                 if np.isfinite(values).any():
                     values = np.sqrt(values) if root else values
                     marker = "o" if len(values) < 3 else None
-                    series.append({"x": x, "y": values, "color": color, "label": label, "marker": marker, "markersize": 4})  # noqa: B023
+                    series.append(
+                        {"x": x, "y": values, "color": color, "label": label, "marker": marker, "markersize": 4}
+                    )  # noqa: B023
             if series:
-                charts.append(plots.lines(title, "gradient steps", y, series, marks, **options))  # noqa: B023
+                charts.append(
+                    plots.lines(title, "gradient steps", y if len(series) > 1 else f"{y}, held-out", series, marks)
+                )  # noqa: B023
 
         both = (("train_loss", "one training batch", plots.TRAIN), ("loss", "held-out episodes", plots.DREAM))
         chart(f"{letter}'s loss", "loss", *both)
         if phase == "vision":
             for column in run.learned:
-                chart(f"Reconstruction error of {column}", "root mean square error", (f"{column}_mse", "held-out", plots.DREAM), root=True)
+                chart(
+                    f"Reconstruction error of {column}",
+                    "root mean square error",
+                    (f"{column}_mse", "held-out", plots.DREAM),
+                    root=True,
+                )
                 chart(f"Information in z from {column}", "KL, nats a frame", (f"{column}_kl", "held-out", plots.DREAM))
         else:
             chart("Surprise about the next z", "nats a latent dimension", ("nll", "held-out", plots.DREAM))
             chart("Reward error", "root mean square error", ("reward_mse", "held-out", plots.DREAM), root=True)
-            ends = (("terminal_recall", "recall: ends foreseen", plots.REAL), ("terminal_precision", "precision: warnings that were right", plots.OTHER))
+            ends = (
+                ("terminal_recall", "recall: ends foreseen", plots.REAL),
+                ("terminal_precision", "precision: warnings that were right", plots.OTHER),
+            )
             chart("Ends of episodes", "share", *ends)
     out = say(
         "Lower is better, but for recall and precision (1 is perfect). Held-out curves that rise while training falls mean "
@@ -337,7 +363,9 @@ def training(run: Run) -> str:
     )
     out += grid(*charts)
     if not any(row.get("terminal_recall") is not None for row in rows):
-        out += missing("No held-out episode was ended by the environment itself, so there is no terminal recall to show.")
+        out += missing(
+            "No held-out episode was ended by the environment itself, so there is no terminal recall to show."
+        )
     return out
 
 
@@ -363,7 +391,9 @@ def reconstructions(run: Run) -> str:
         return say(
             "Vision is “identity”: observations are only standardised, so z keeps everything and there is nothing to lose."
         )
-    out = say("Above what was seen, below what is left of it after V: whatever is missing below, the controller cannot know.")
+    out = say(
+        "Above what was seen, below what is left of it after V: whatever is missing below, the controller cannot know."
+    )
     picked = measure.spread_rows(run.held_out, 512, run.rng("frames"))
     obs = measure.gather(picked)
     again = measure.decode(run.model, measure.encode(run.model, obs)["z_mean"])
@@ -381,12 +411,16 @@ def reconstructions(run: Run) -> str:
     for name in (n for n in run.vectors if n in run.learned):
         episode = max(run.held_out, key=len)
         truth = np.asarray(episode.obs[name][:ROWS])
-        back = measure.decode(run.model, measure.encode(run.model, {k: v[:ROWS] for k, v in episode.obs.items()})["z_mean"])
-        dims = varying(truth)[:DIMS]
-        out += grid(plots.kept(f"{name}, held-out episode", truth[:, dims], back[name][:, dims], [f"[{d}]" for d in dims]))
+        back = measure.decode(
+            run.model, measure.encode(run.model, {k: v[:ROWS] for k, v in episode.obs.items()})["z_mean"]
+        )
+        dims = varying(truth)[:DIMS] or [0]
+        out += grid(
+            plots.kept(f"{name}, held-out episode", truth[:, dims], back[name][:, dims], [f"[{d}]" for d in dims])
+        )
     exact = [n for n in run.vectors if n not in run.learned]
     if exact:
-        out += say(f"The vector {', '.join(exact)} is only standardised: nothing of it is lost.")
+        out += say(f"Not shown: {', '.join(exact)}, which is only standardised, so that nothing of it is lost.")
     return out
 
 
@@ -397,7 +431,9 @@ def latents(run: Run) -> str:
     z = measure.encode(run.model, measure.gather(picked))["z_mean"].numpy()
     points, shares = measure.principal(z)
     to_go = np.concatenate([reward_to_go(e)[rows] for e, rows in picked])
-    to_end = np.concatenate([(len(e) - 1 - rows) if e.is_terminal[-1] else np.full(len(rows), np.nan) for e, rows in picked])
+    to_end = np.concatenate(
+        [(len(e) - 1 - rows) if e.is_terminal[-1] else np.full(len(rows), np.nan) for e, rows in picked]
+    )
     limit = np.nanquantile(to_end, 0.9) if np.isfinite(to_end).any() else np.nan
     out = say(
         "Each dot is one observation in z's two widest directions. Colours that lie in order mean that z holds what the "
@@ -405,7 +441,11 @@ def latents(run: Run) -> str:
     )
     charts = [plots.scatter("By reward still to come", points, to_go, shares, "return to go")]
     if np.isfinite(limit):
-        charts.append(plots.scatter("By steps to the end", points, np.minimum(to_end, limit), shares, f"steps, capped at {limit:.0f}"))
+        charts.append(
+            plots.scatter(
+                "By steps to the end", points, np.minimum(to_end, limit), shares, f"steps, capped at {limit:.0f}"
+            )
+        )
     out += grid(*charts)
     if not np.isfinite(limit):
         out += missing("No episode was ended by the environment itself, so there is no picture by steps to the end.")
@@ -425,25 +465,40 @@ def mixtures(run: Run) -> str:
     along = measure.predictions(run, [episode], min(ROWS, len(episode)), 200, 10**9, "along")
     some = sorted(run.held_out, key=lambda e: e.id)[:24]
     overall = measure.predictions(run, some, min(300, max(len(e) for e in some)), 100, 1500, "overall")
-    spread = along.truth.std(0)
+    # a dimension whose mean hardly moves holds nothing but the posterior's noise
+    spread = np.concatenate([measure.encode(run.model, e.obs)["z_mean"].numpy() for e in [episode, *some[:8]]]).std(0)
     dims = sorted(np.argsort(-spread, kind="stable")[:DIMS].tolist())
+    used = spread > 0.1 * spread.max()
     names = [f"z[{d}]" for d in dims]
     out = say(
         "At each step of a held-out episode M says what it expects one step later (bands, at temperature 1), then reality "
         "comes (line). A calibrated M has about 90 % of reality inside the wide band, and a flat histogram: a hill means "
         "that it is too unsure, a valley with high ends that it is too sure, a slope that it is biased."
     )
-    out += grid(plots.forecast("Expected and real z, one step ahead", along.samples[:, :, dims], along.truth[:, dims], names), wide=True)
-    pit = overall.pit
+    out += grid(
+        plots.forecast("Expected and real z, one step ahead", along.samples[:, :, dims], along.truth[:, dims], names),
+        wide=True,
+    )
+    pit = overall.pit[:, used]
     inside = float(((pit > 0.05) & (pit < 0.95)).mean())
     charts = [plots.calibration(pit.ravel())]
     # where M was least sure: there the shape of the mixture shows
     width = along.samples.std(1)[:, dims] / np.maximum(spread[dims], 1e-9)
     for flat in [int(np.argmax(width[:, i])) * len(dims) + i for i in np.argsort(-width.max(0))[:2]]:
         t, i = divmod(flat, len(dims))
-        charts.append(plots.mixture(f"Least sure of {names[i]}: step {t + 1}", along.samples[t, :, dims[i]], along.truth[t, dims[i]], names[i]))
+        charts.append(
+            plots.mixture(
+                f"Least sure of {names[i]}: step {t + 1}",
+                along.samples[t, :, dims[i]],
+                along.truth[t, dims[i]],
+                names[i],
+            )
+        )
     out += grid(*charts)
-    return out + f"<p>{inside:.0%} of what happened lay inside the predicted 90 % ({len(overall.truth):,} held-out steps, all dimensions of z).</p>"
+    return (
+        out
+        + f"<p>{inside:.0%} of what happened lay inside the predicted 90 % ({len(overall.truth):,} held-out steps, the {used.sum()} dimensions of z that hold something).</p>"
+    )
 
 
 def trajectories(run: Run) -> str:
@@ -457,25 +512,31 @@ def trajectories(run: Run) -> str:
     )
     charts, films = [], []
     for episode in chosen.values():
-        who = "the controller's" if is_trial(episode) else f"{episode.info.get('policy', episode.info.get('agent', ''))}".strip()
+        who = (
+            "the controller's"
+            if is_trial(episode)
+            else f"{episode.info.get('policy', episode.info.get('agent', ''))}".strip()
+        )
         label = f"{episode.id} ({who or 'exploring'}, {episode.steps} steps)"
         rows = min(len(episode), ROWS)
         if run.images:
             films.append(film(run, episode, rows, label))
-        if run.vectors:
+        if run.vectors and varying(episode.obs[run.vectors[0]]):
             charts.append(trajectory(run, episode, rows, label))
     return out + (grid(*films, wide=True) if films else "") + (grid(*charts) if charts else "")
 
 
-def trajectory(run: Run, episode: Episode, rows: int, label: str, samples: int = 60) -> str:
-    name = run.vectors[0]
+def trajectory(run: Run, episode: Episode, rows: int, label: str) -> str:
+    name, samples = run.vectors[0], 16 if run.images else 60  # to decode a sample is to draw its image too
     replay = measure.replay(run, episode, rows, samples)
     flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
     dreams = flat.reshape(rows, samples, -1)
     truth = np.asarray(episode.obs[name][:rows])
-    dims = varying(truth)[:DIMS]
+    dims = varying(truth)[:DIMS] or [0]
     end = rows - 1 if episode.is_terminal[-1] and rows == len(episode) else None
-    return plots.trajectories(label, truth[:, dims], dreams[:, :, dims], replay.alive, end, [f"{name}[{d}]" for d in dims])
+    return plots.trajectories(
+        label, truth[:, dims], dreams[:, :, dims], replay.alive, end, [f"{name}[{d}]" for d in dims]
+    )
 
 
 def film(run: Run, episode: Episode, rows: int, label: str) -> str:
@@ -500,7 +561,9 @@ def videos(run: Run) -> str:
     if not paths:
         if run.images:
             return needs_model(run)
-        return missing(f"None made: the observations are vectors. `raywm dream {run.path} --video` draws them over time.")
+        return missing(
+            f"None made: the observations are vectors. `raywm dream {run.path} --video` draws them over time."
+        )
     captions = {
         "dream_vs_real": "A real episode, what V keeps of it, and the dream from the same start under the same actions.",
         "dream": "The controller acting in its own dream.",
@@ -515,9 +578,9 @@ def videos(run: Run) -> str:
             f'<video controls loop muted playsinline src="{source}"></video><figcaption>{html.escape(caption)} '
             f'<a href="videos/{path.name}">videos/{path.name}</a></figcaption>'
         )
-    return say("The dream never sees the episode after its first frame; it should move like reality, and end when it ends.") + grid(
-        *figures, wide=True
-    )
+    return say(
+        "The dream never sees the episode after its first frame; it should move like reality, and end when it ends."
+    ) + grid(*figures, wide=True)
 
 
 def settings(run: Run) -> str:

@@ -54,7 +54,9 @@ MAP = LinearSegmentedColormap.from_list("raywm", ["#3b5bdb", "#1f9e89", "#f2b134
 _count = itertools.count()
 
 
-def figure(title: str, x: str = "", y: str = "", size: tuple[float, float] = (4.7, 3.0), rows: int = 1) -> tuple[Figure, Any]:
+def figure(
+    title: str, x: str = "", y: str = "", size: tuple[float, float] = (4.7, 3.0), rows: int = 1
+) -> tuple[Figure, Any]:
     """A chart of one panel (or `rows` under one another): the figure and its axes."""
     with matplotlib.rc_context(STYLE):
         fig = Figure(size, layout="constrained")
@@ -111,20 +113,21 @@ def strip(rows: Sequence[np.ndarray], gap: int = 2) -> np.ndarray:
     return out
 
 
-def band(ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, alpha: float = 0.22, **options: Any) -> None:
+def band(
+    ax: Axes, x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, alpha: float = 0.22, **options: Any
+) -> None:
     ax.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0, **options)
 
 
-def lines(title: str, x: str, y: str, series: Iterable[dict[str, Any]], marks: Sequence[float] = (), log: bool = False) -> str:
+def lines(title: str, x: str, y: str, series: Iterable[dict[str, Any]], marks: Sequence[float] = ()) -> str:
     """Lines {"x", "y", and matplotlib's options}; `marks`: thin vertical lines, e.g. between turns."""
     fig, ax = figure(title, x, y)
     for mark in marks:
         ax.axvline(mark, color=GRID, linewidth=1.2)
     for s in series:
         ax.plot(s.pop("x"), s.pop("y"), **s)
-    if log:
-        ax.set_yscale("log")
-    legend(ax)
+    if len(ax.lines) - len(marks) > 1:
+        legend(ax)
     return svg(fig)
 
 
@@ -152,7 +155,13 @@ def fitness(generations: list[dict], trials: dict[int, dict], lines_at: dict[str
             if not rows:
                 continue
             band(ax, x, clean(r.get("worst") for r in rows), clean(r.get("best") for r in rows), color)
-            ax.plot(x, clean(r["mean"] for r in rows), color=color, label=None if marked else f"mean {label}", marker="." if len(x) == 1 else None)
+            ax.plot(
+                x,
+                clean(r["mean"] for r in rows),
+                color=color,
+                label=None if marked else f"mean {label}",
+                marker="." if len(x) == 1 else None,
+            )
             marked = True
     for turn in sorted(ends)[:-1]:
         ax.axvline(ends[turn] + 0.5, color=GRID, linewidth=1.2)
@@ -182,12 +191,15 @@ def gaps(calibration: dict[int, float], controller: dict[int, float]) -> str:
     """Both dream gaps by turn."""
     fig, ax = figure("The dream gaps", "turn", "dream return − real return")
     ax.axhline(0, color=MUTED, linewidth=1.2)
-    for values, color, label in ((controller, DREAM, "controller gap"), (calibration, OTHER, "calibration gap (random policy)")):
+    for values, color, label in (
+        (controller, DREAM, "controller gap"),
+        (calibration, OTHER, "calibration gap (random policy)"),
+    ):
         turns = sorted(values)
         ax.plot(turns, [values[t] for t in turns], color=color, marker="o", label=label)
     turns = sorted({*calibration, *controller})
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(turns[0] - 0.5, turns[-1] + 0.5)
+    ax.set_xticks(turns[:: math.ceil(len(turns) / 12)])
     legend(ax)
     return svg(fig)
 
@@ -223,7 +235,9 @@ def histogram_of_returns(returns: np.ndarray) -> str:
 
 def scatter(title: str, points: np.ndarray, values: np.ndarray, shares: np.ndarray, label: str) -> str:
     """Latents in their first two principal components, coloured; NaN values grey."""
-    fig, ax = figure(title, f"component 1 ({shares[0]:.0%} of the variance)", f"component 2 ({shares[1]:.0%})", (4.7, 3.6))
+    fig, ax = figure(
+        title, f"component 1 ({shares[0]:.0%} of the variance)", f"component 2 ({shares[1]:.0%})", (4.7, 3.6)
+    )
     none = np.isnan(values)
     fig.set_dpi(200)
     options = {"s": 5, "linewidths": 0, "rasterized": True}
@@ -260,13 +274,20 @@ def forecast(title: str, samples: np.ndarray, truth: np.ndarray, names: Sequence
         ax.plot(x, truth[:, i], color=REAL, linewidth=1.2, label="what happened")
         ax.set_ylabel(name)
         ax.margins(x=0.01)
-    fig.legend(*np.atleast_1d(axes)[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, labelcolor=INK, frameon=False, fontsize=8.5)
+    fig.legend(
+        *np.atleast_1d(axes)[0].get_legend_handles_labels(),
+        loc="outside upper right",
+        ncols=3,
+        labelcolor=INK,
+        frameon=False,
+        fontsize=8.5,
+    )
     return svg(fig)
 
 
 def mixture(title: str, samples: np.ndarray, truth: float, name: str) -> str:
     """What M expected of one dimension at one step, against what happened."""
-    fig, ax = figure(title, name, "density", (3.4, 2.3))
+    fig, ax = figure(title, name, "density")
     low, high = np.quantile(samples, [0.002, 0.998])
     margin = 0.1 * max(high - low, 1e-6)
     edges = np.linspace(min(low, truth) - margin, max(high, truth) + margin, 45)
@@ -279,16 +300,29 @@ def mixture(title: str, samples: np.ndarray, truth: float, name: str) -> str:
 
 def calibration(pit: np.ndarray) -> str:
     """How often the truth fell where in the predicted distribution; flat is calibrated."""
-    fig, ax = figure("Where the truth fell in the prediction", "predicted probability of less than what happened", "share (1 = as predicted)")
+    fig, ax = figure(
+        "Where the truth fell in the prediction",
+        "predicted probability of less than what happened",
+        "share (1 = as predicted)",
+    )
     bins = 20
     height, edges = np.histogram(pit, bins=bins, range=(0, 1))
-    ax.bar(edges[:-1], height / max(height.sum(), 1) * bins, width=np.diff(edges) * 0.92, align="edge", color=DREAM, alpha=0.75)
+    ax.bar(
+        edges[:-1],
+        height / max(height.sum(), 1) * bins,
+        width=np.diff(edges) * 0.92,
+        align="edge",
+        color=DREAM,
+        alpha=0.75,
+    )
     ax.axhline(1, color=REAL, linewidth=1.8, label="calibrated")
     legend(ax)
     return svg(fig)
 
 
-def trajectories(title: str, truth: np.ndarray, dreams: np.ndarray, alive: np.ndarray, end: int | None, names: Sequence[str]) -> str:
+def trajectories(
+    title: str, truth: np.ndarray, dreams: np.ndarray, alive: np.ndarray, end: int | None, names: Sequence[str]
+) -> str:
     """(T, D) reality, (T, S, D) dreams from the same start under the same actions, (T, S) their survival.
 
     A dream is shown while it is more likely alive than not, and the band while a tenth of them are."""
@@ -310,5 +344,12 @@ def trajectories(title: str, truth: np.ndarray, dreams: np.ndarray, alive: np.nd
     last.set_ylabel("alive")
     if end is not None:
         last.axvline(end, color=REAL, linewidth=1.8)
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, labelcolor=INK, frameon=False, fontsize=8.5)
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=2,
+        labelcolor=INK,
+        frameon=False,
+        fontsize=8.5,
+    )
     return svg(fig)

@@ -79,7 +79,11 @@ def own_dream(run: Run) -> Iterator[np.ndarray]:
     ret = np.cumsum(dream.reward)
     for t, frame in enumerate(frames):
         over = t == len(frames) - 1 and len(frames) < MOST
-        yield panels((frame,), (("the controller in its dream", DREAM),), (f"step {t}   return {ret[t]:.0f}" + ("   the end" if over else ""),))
+        yield panels(
+            (frame,),
+            (("the controller in its dream", DREAM),),
+            (f"step {t}   return {ret[t]:.0f}" + ("   the end" if over else ""),),
+        )
 
 
 def panels(frames: Sequence[np.ndarray], heads: Sequence[tuple[str, tuple]], feet: Sequence[str]) -> np.ndarray:
@@ -106,10 +110,16 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
     flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
     dreams = flat.reshape(rows, samples, -1)
     truth = np.asarray(episode.obs[name][:rows])
-    dims = varying(truth)[:4]
+    dims = varying(truth)[:4] or [0]
     width, each, left = 640, 110, 70
     font = ImageFont.load_default(size=14)
-    ranges = [(min(truth[:, d].min(), np.quantile(dreams[:, :, d], 0.02)), max(truth[:, d].max(), np.quantile(dreams[:, :, d], 0.98))) for d in dims]
+    ranges = [
+        (
+            min(truth[:, d].min(), np.quantile(dreams[:, :, d], 0.02)),
+            max(truth[:, d].max(), np.quantile(dreams[:, :, d], 0.98)),
+        )
+        for d in dims
+    ]
     x = left + np.arange(rows) / max(rows - 1, 1) * (width - left - 12)
 
     def points(values: np.ndarray, panel: int, until: int) -> list[tuple[float, float]]:
@@ -130,14 +140,16 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
             for s in range(samples):
                 draw.line(points(dreams[:, s, d], panel, t + 1), (120, 82, 52), 1)
             draw.line(points(truth[:, d], panel, t + 1), REAL, 3)
-        draw.text((8, frame.height - FOOT + 5), f"step {t}   dreams still alive: {replay.alive[t].mean():.0%}", INK, font)
+        draw.text(
+            (8, frame.height - FOOT + 5), f"step {t}   dreams still alive: {replay.alive[t].mean():.0%}", INK, font
+        )
         yield np.asarray(frame)
 
 
 def varying(values: np.ndarray) -> list[int]:
     """The dimensions of (T, D) that move at all."""
     spread = values.std(0)
-    return [d for d in range(values.shape[1]) if spread[d] > 1e-6] or [0]
+    return [d for d in range(values.shape[1]) if spread[d] > 1e-6]
 
 
 def write(path: Path, frames: Iterable[np.ndarray]) -> None:
@@ -147,7 +159,9 @@ def write(path: Path, frames: Iterable[np.ndarray]) -> None:
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.mp4")
     try:
         options = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "quality": 6}
-        with imageio.get_writer(temporary, format="FFMPEG", fps=FPS, ffmpeg_params=["-movflags", "+faststart"], **options) as out:
+        with imageio.get_writer(
+            temporary, format="FFMPEG", fps=FPS, ffmpeg_params=["-movflags", "+faststart"], **options
+        ) as out:
             for frame in frames:
                 out.append_data(frame)
         os.replace(temporary, path)

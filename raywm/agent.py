@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -205,3 +206,13 @@ class LiveAgent:
                 raise ValueError(f"observation {name!r} is {value.dtype}, expected uint8 pixels 0..255, not scaled")
             batch[name] = value.astype(box.dtype, copy=False).reshape(self._n or 1, *box.shape)
         return batch
+
+
+def load_agent(run: str | Path) -> LiveAgent:
+    """The trained agent in a run directory: the controller that did best in reality, with its world model.
+
+    Needs neither Ray nor the environment. Raises ValueError for a directory that holds no trained agent (yet).
+    """
+    from raywm.loops.saved import Saved  # on demand: it needs torch
+
+    return Saved(run).live()

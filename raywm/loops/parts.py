@@ -20,7 +20,7 @@ from raywm.fit import Trainer
 from raywm.learners.fitness import DreamWorker
 from raywm.models import build_model
 from raywm.seeding import derive
-from raywm.spaces import ActionCodec, is_image
+from raywm.spaces import ActionCodec, columns_to_json, is_image
 
 DEFAULT_HORIZON = 1000  # of dreams of an environment that names no time limit
 
@@ -37,15 +37,16 @@ class Parts:
             self.horizon = config.dream.horizon or time_limit(env) or DEFAULT_HORIZON
         finally:
             env.close()
-        m, c = config.model, config.controller
-        shapes = {k: (tuple(box.shape), is_image(box)) for k, box in self.columns.items()}
-        model = {"kind": "vm", "columns": shapes, "act_dim": self.codec.dim, "features": c.features, **dict(m)}
+        self.spec = spec = specification(config, self.columns, self.codec)
         torch.manual_seed(derive(config.seed, "model"))
-        built = build_model(**model)
+        built = build_model(**spec["model"])
         self.weights = {k: v.clone() for k, v in built.state_dict().items()}  # the first ones, of the run's seed
-        controller = {"feat_dim": built.feat_dim, "act_dim": self.codec.dim, "kind": c.kind, "hidden": c.hidden}
-        self.spec = {"model": model, "controller": controller, "codec": self.codec}
-        self.controller = Controller(**controller)
+        self.controller = Controller(**spec["controller"])
+
+    def spaces(self) -> dict[str, Any]:
+        """What a run directory keeps of the environment, so that its agent and report need no environment."""
+        columns = columns_to_json(self.columns)
+        return {"action": self.codec.to_json(), "columns": columns, "horizon": self.horizon}
 
     def first_agent(self) -> Any:
         collect = self.config.collect
@@ -75,6 +76,17 @@ class Parts:
 
     def fit_worker(self) -> FitWorker:
         return FitWorker(self.spec, self.config.seed, dict(self.config.fit))
+
+
+def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
+    """Arguments that rebuild a run's model and controller: "model" (of `build_model`), "controller" and "codec"."""
+    m, c = config.model, config.controller
+    shapes = {k: (tuple(box.shape), is_image(box)) for k, box in columns.items()}
+    model = {"kind": "vm", "columns": shapes, "act_dim": codec.dim, "features": c.features, **dict(m)}
+    with torch.device("meta"):  # only its size is asked for
+        feat_dim = build_model(**model).feat_dim
+    controller = {"feat_dim": feat_dim, "act_dim": codec.dim, "kind": c.kind, "hidden": c.hidden}
+    return {"model": model, "controller": controller, "codec": codec}
 
 
 def time_limit(env: gymnasium.Env) -> int | None:

@@ -69,6 +69,7 @@ class VMC:
 
     def run(self) -> dict[str, Any]:
         """Go through the phases that are left; returns what `summary.json` holds."""
+        checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         self.restore()
         state, summary = self.state, self.out / "summary.json"
         if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run

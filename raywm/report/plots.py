@@ -183,7 +183,8 @@ def fitness(generations: list[dict], trials: dict[int, dict], lines_at: dict[str
             ax.axhline(value, color=MUTED, linestyle=dash, linewidth=1.2, label=label)
     ax.set_xlim(0.5, max(at, 1) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(ax, ncols=2)
+    options = {"ncols": 4, "labelcolor": INK, "frameon": False, "fontsize": 8.5}
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper right", **options)
     return svg(fig)
 
 

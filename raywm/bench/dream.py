@@ -49,7 +49,7 @@ POPULATION, ROLLOUTS, HORIZON = 64, 16, 50
 ROWS = POPULATION * ROLLOUTS
 TURNS, PROCESSES = 7, 2
 SINGLE = "one rollout a process"
-MODEL = {
+MODEL: dict[str, Any] = {
     "kind": "vm",
     "columns": {"vector": ((LATENT,), False)},
     "act_dim": ACTIONS,
@@ -110,13 +110,13 @@ def _model() -> VM:
     model = build_model(**MODEL).eval()
     assert isinstance(model, VM)
     with torch.no_grad():
-        model.memory.end[-1].bias.fill_(-30.0)
+        model.memory.end[-1].get_parameter("bias").fill_(-30.0)
     return model
 
 
 def _unit(precision: str, threads: int) -> Work:
     model = _model()
-    controller = {"feat_dim": model.feat_dim, "act_dim": ACTIONS}
+    controller: dict[str, Any] = {"feat_dim": model.feat_dim, "act_dim": ACTIONS}
     spec = {"model": MODEL, "controller": controller, "codec": ActionCodec(Discrete(ACTIONS))}
     worker = DreamWorker(spec, starts=ROLLOUTS, horizon=HORIZON, precision=precision, threads=threads)
     worker.load(model.state_dict(), model.initial(256))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -68,17 +69,39 @@ class StickyAgent(Agent):
         self.codec, self.hold = codec, hold
 
     def initial(self, B: int) -> dict[str, np.ndarray]:
-        return {"held": np.zeros((B, *self.codec.shape), self.codec.dtype), "left": np.zeros(B, np.int64)}
+        held = np.zeros((B, *self.codec.shape), self.codec.dtype)
+        return {"held": held, "left": np.zeros(B, np.int64), "longest": np.full(B, self.hold)}
+
+    def longest(self, rng: np.random.Generator) -> int:
+        """The longest hold of an episode that begins."""
+        return self.hold
 
     def act(self, obs, state, is_first, rngs):
-        held, left = state["held"], np.where(is_first, 0, state["left"])
+        held, left, longest = state["held"], np.where(is_first, 0, state["left"]), state["longest"]
+        if is_first.any():
+            longest = longest.copy()  # a state is a value: what the caller kept must not change under him
+            for row in is_first.nonzero()[0]:
+                longest[row] = self.longest(rngs[row])
         over = (left == 0).nonzero()[0]
         if over.size:
-            held = held.copy()  # a state is a value: what the caller kept must not change under him
+            held = held.copy()
             for row in over:
-                left[row] = rngs[row].integers(1, self.hold, endpoint=True)
+                left[row] = rngs[row].integers(1, longest[row], endpoint=True)
                 held[row] = self.codec.sample(rngs[row])
-        return held, {"held": held, "left": left - 1}
+        return held, {"held": held, "left": left - 1, "longest": longest}
+
+
+class MixedAgent(StickyAgent):
+    """Uniform actions held for 1 to h steps, where each episode draws its own h between 1 and `hold`, log-uniformly.
+
+    Which time scale gets somewhere is not known beforehand: a pole falls within a second, a car on a hill needs one
+    direction for many. This tries them all.
+    """
+
+    name = "mixed"
+
+    def longest(self, rng: np.random.Generator) -> int:
+        return round(self.hold ** rng.random())
 
 
 class Exploring(Agent):
@@ -183,3 +206,13 @@ class LiveAgent:
                 raise ValueError(f"observation {name!r} is {value.dtype}, expected uint8 pixels 0..255, not scaled")
             batch[name] = value.astype(box.dtype, copy=False).reshape(self._n or 1, *box.shape)
         return batch
+
+
+def load_agent(run: str | Path) -> LiveAgent:
+    """The trained agent in a run directory: the controller that did best in reality, with its world model.
+
+    Needs neither Ray nor the environment. Raises ValueError for a directory that holds no trained agent (yet).
+    """
+    from raywm.loops.saved import Saved  # on demand: it needs torch
+
+    return Saved(run).live()

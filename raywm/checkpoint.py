@@ -84,12 +84,16 @@ def save(
     return final
 
 
-def load(directory: str | Path, step: int | None = None) -> Checkpoint:
-    """Checkpoint `step`, or the newest. Raises FileNotFoundError without one, ValueError if foreign or damaged."""
+def load(directory: str | Path, step: int | None = None, read_only: bool = False) -> Checkpoint:
+    """Checkpoint `step`, or the newest. Raises FileNotFoundError without one, ValueError if foreign or damaged.
+
+    `read_only` changes nothing in the directory: for readers of a run that another process may be writing.
+    """
     from safetensors.torch import load as load_tensors
 
     directory = Path(directory)
-    _tidy(directory)
+    if not read_only:
+        _tidy(directory)
     steps = _steps(directory)
     if not steps:
         raise FileNotFoundError(f"no checkpoint in {directory}; the run was stopped before its first one")

@@ -237,6 +237,9 @@ def _run(
         out = out or Path("runs") / f"{Path(preset).stem}-seed{config.seed}"
         arguments = [preset, *overrides, "--out", str(out), *(["--address", address] if address else [])]
         arguments += [*(["--in-process"] if in_process else []), "--resume"]
+        from raywm.loops.parts import Parts
+
+        Parts(config)  # an environment or a model that cannot be built must not leave a run directory behind
         with _open_run(out, config, resume), _interruptible(["raywm", command, *arguments]):
             from raywm.log import RunLog
 

@@ -76,8 +76,10 @@ class CollectConfig(Section):
 
     workers: Count = Field(2, description="Collector actors.")
     envs: Count = Field(8, description="Environments an actor plays at once.")
-    policy: Literal["random", "sticky"] = Field("random", description="Who plays first; sticky holds its actions.")
-    hold: Count = Field(10, description="The sticky policy holds an action for 1 to this many steps.")
+    policy: Literal["mixed", "random", "sticky"] = Field(
+        "mixed", description="Who plays first: a new action every step, held ones, or a time scale an episode."
+    )
+    hold: Count = Field(30, description="The sticky policy holds an action for 1 to this many steps.")
     initial_steps: Count = Field(4000, description="Real steps before the first fit.")
     episodes: Count = Field(10, description="Episodes a turn, played with the controller.")
     explore: Fraction = Field(0.1, description="Chance a step of a random action, in episodes that are no trials.")
@@ -93,7 +95,7 @@ class ModelConfig(Section):
     latent: Count = Field(32, description="Size of z (mlp, conv).")
     beta: NonNegative = Field(1.0, description="Weight of V's KL term.")
     free_bits: NonNegative = Field(0.0, description="Nats a latent dimension below which the KL costs nothing.")
-    hidden: Count = Field(256, description="Size of the LSTM's h.")
+    hidden: Count = Field(128, description="Size of the LSTM's h.")
     mixtures: Count = Field(5, description="Gaussians in M's mixture.")
     joint: bool = Field(True, description="One mixture over all of z; false: one a dimension, as in the paper.")
     residual: bool = Field(True, description="M predicts z' - z rather than z'.")
@@ -108,13 +110,16 @@ class FitConfig(Section):
     vision_batch: Count = Field(128, description="Frames a batch of V.")
     memory_steps: Count = Field(1500, description="Gradient steps of M a turn, at most.")
     batch: Count = Field(32, description="Sequences a batch of M.")
-    sequence: int = Field(64, ge=2, description="Rows a sequence.")
+    sequence: int = Field(32, ge=2, description="Rows a sequence.")
     lr: Positive = Field(1e-3, description="Adam's learning rate.")
     held_out: Annotated[float, BeforeValidator(_number)] = Field(
         0.1, gt=0, lt=1, description="Share of the episodes kept for evaluating fits."
     )
     patience: Count = Field(5, description="Evaluations without improvement before a fit stops.")
     evaluate_every: Count = Field(100, description="Gradient steps between two evaluations on held-out episodes.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Of V's convolutions; auto: bf16 where the hardware is faster in it."
+    )
     threads: Natural = Field(0, description="CPU threads of a trainer; 0 takes all cores.")
     num_gpus: NonNegative = Field(0.0, description="GPUs that the trainer actor reserves.")
 

@@ -27,7 +27,8 @@ class Trainer:
         seed: the run's seed; every fit derives its streams from it and the iteration.
         vision_steps, memory_steps: gradient steps of a fit at the most; vision_batch (frames), batch x sequence
             (sequences x rows); lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out of training;
-            evaluate_every, patience: the fit stops when the held-out loss has not improved for so many looks, and
+        precision: of V's convolutions, fp32 | bf16 | auto (bf16 where the hardware multiplies it faster). M stays fp32.
+        evaluate_every, patience: the fit stops when the held-out loss has not improved for so many looks, and
             keeps the best weights.
     """
 
@@ -46,13 +47,13 @@ class Trainer:
         patience: int = 5,
         evaluate_every: int = 100,
         device: str = "cpu",
-        bf16: bool = False,
+        precision: str = "auto",
     ):
         self.model, self.seed, self.device = model.to(device), seed, device
         self.steps = {"vision": vision_steps, "memory": memory_steps}
         self.vision_batch, self.batch, self.sequence, self.lr = vision_batch, batch, sequence, lr
         self.held_out, self.patience, self.evaluate_every = held_out, patience, evaluate_every
-        self.bf16 = bf16
+        self.bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
         self.optimisers = {p: torch.optim.Adam(self._parameters(p), lr=lr, foreach=True) for p in model.phases}
         self.latents: dict[str, dict[str, np.ndarray]] = {}  # of the last fit's episodes, by id
 
@@ -91,7 +92,8 @@ class Trainer:
         """
         if len(snapshot.episodes) < 2:
             raise ValueError(
-                f"got {len(snapshot.episodes)} episode(s), expected at least 2 (one is held out); raise collect.initial_steps"
+                f"got {len(snapshot.episodes)} episode(s), expected at least 2 (one is held out); "
+                "raise collect.initial_steps"
             )
         train, held = snapshot.split(self.held_out)
         self.model.adapt(self._statistics(train))
@@ -110,7 +112,7 @@ class Trainer:
         for name, value in snapshot.episodes[0].obs.items():
             if value.dtype != np.uint8:
                 columns[name] = [e.obs[name] for e in snapshot.episodes]
-        return {name: mean_std(parts) for name, parts in columns.items()}
+        return {name: spread(parts) for name, parts in columns.items()}
 
     @torch.inference_mode()
     def encode(self, snapshot: Snapshot, chunk: int = 512) -> Latents:
@@ -120,14 +122,14 @@ class Trainer:
         for episode in snapshot.episodes:
             parts = []
             for at in range(0, len(episode.reward), chunk):
-                piece = {k: torch.from_numpy(np.ascontiguousarray(v[at : at + chunk])) for k, v in episode.obs.items()}
+                piece = {k: torch.tensor(v[at : at + chunk]) for k, v in episode.obs.items()}
                 with self._autocast():
                     parts.append(self.model.encode({k: v.to(self.device) for k, v in piece.items()}))
             out.append({k: np.concatenate([p[k].float().cpu().numpy() for p in parts]) for k in parts[0]})
         return out
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)
+    def _autocast(self, phase: str = "vision") -> torch.autocast:
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16 and phase == "vision")
 
     def _fit_phase(
         self,
@@ -154,7 +156,7 @@ class Trainer:
                     group["lr"] = self.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps))
                 model.train()
                 batch = train.sample(size, length, draw, latents).to(self.device)
-                with self._autocast():
+                with self._autocast(phase):
                     loss = model.loss(batch, phase, states=False).loss.mean()
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -163,7 +165,7 @@ class Trainer:
                 if step % self.evaluate_every == 0 or step == steps:
                     metrics = self._look(held_batches, phase)
                     if not math.isfinite(metrics["loss"]):
-                        raise ValueError(f"got a {phase} loss of {metrics['loss']}, expected a finite one; lower fit.lr")
+                        raise ValueError(f"{phase} loss: got {metrics['loss']}, expected a finite one; lower fit.lr")
                     rows.append({"phase": phase, "step": step, "train_loss": float(loss.detach()), **metrics})
                     if best_weights is None or metrics["loss"] < best - 1e-3:
                         best, best_weights, since = metrics["loss"], copy.deepcopy(model.state_dict()), 0
@@ -191,7 +193,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same samples of z at every look
             for batch in batches:
-                with self._autocast():
+                with self._autocast(phase):
                     fit = self.model.loss(batch.to(self.device), phase, states=False)
                 for k, v in {"loss": fit.loss.mean(), **fit.metrics}.items():
                     total.setdefault(k, []).append(float(v))
@@ -203,18 +205,26 @@ class Trainer:
         return out
 
 
-def mean_std(parts: list[np.ndarray]) -> dict[str, torch.Tensor]:
-    """Over all rows of all parts, in float64: sums of float32 squares lose small spreads around large means."""
+def has_fast_bf16(device: str) -> bool:
+    """Tensor cores, or a CPU with AMX; on other CPUs bf16 is slower than fp32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def spread(parts: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """Mean, std, min and max over all rows of all parts; in float64, as float32 sums of squares lose small spreads."""
     rows = np.concatenate(parts).astype(np.float64)
-    return {"mean": torch.tensor(rows.mean(0)).float(), "std": torch.tensor(rows.std(0)).float()}
+    figures = {"mean": rows.mean(0), "std": rows.std(0), "min": rows.min(0), "max": rows.max(0)}
+    return {name: torch.tensor(value).float() for name, value in figures.items()}
 
 
 def latent_statistics(latents: Latents) -> dict[str, dict[str, torch.Tensor]]:
     """Mean and spread of z and of its steps z[t+1] - z[t], the spread of sampling z included."""
     if "z_mean" not in latents[0]:
         return {}
-    z = mean_std([e["z_mean"] for e in latents])
-    delta = mean_std([np.diff(e["z_mean"], axis=0) for e in latents])
+    z = spread([e["z_mean"] for e in latents])
+    delta = spread([np.diff(e["z_mean"], axis=0) for e in latents])
     noise = torch.tensor(np.mean(np.concatenate([e["z_std"] for e in latents]) ** 2, axis=0)).float()
     z["std"] = (z["std"] ** 2 + noise).sqrt()
     delta["std"] = (delta["std"] ** 2 + 2 * noise).sqrt()

@@ -16,7 +16,7 @@ def ray_session():
         os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
         ray.init(
             address="local",
-            num_cpus=4,
+            num_cpus=8,
             include_dashboard=False,
             log_to_driver=False,
             object_store_memory=200 * 2**20,

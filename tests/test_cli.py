@@ -35,6 +35,7 @@ class World:
         self.module("raywm.report", write_report=self.write_report, dream_video=self.dream_video)
         self.module("raywm.agent", load_agent=lambda run: types.SimpleNamespace(agent=f"agent of {run}"))
         self.module("raywm.evaluate", evaluate=self.evaluate, evaluate_dream=self.evaluate_dream)
+        self.module("raywm.loops.parts", Parts=lambda config: None)
         self.module("raywm.bench.dream", main=lambda **options: self.calls.append(("bench", options)))
 
     def module(self, name, **content):
@@ -244,7 +245,8 @@ def test_the_real_command_stops_at_a_signal(tmp_path):
         "    def __init__(self, *a): pass\n"
         "    def __enter__(self): return self\n"
         "    def __exit__(self, *a): pass\n"
-        "for name, content in (('loops.vmc', {'train': train}), ('loops.executor', {'InProcess': E})):\n"
+        "parts = {'loops.vmc': {'train': train}, 'loops.executor': {'InProcess': E}, 'loops.parts': {'Parts': id}}\n"
+        "for name, content in parts.items():\n"
         "    module = sys.modules['raywm.' + name] = types.ModuleType(name); vars(module).update(content)\n"
         "from raywm.cli import main\n"
         "main()"

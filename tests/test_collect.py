@@ -7,12 +7,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from raywm.agent import Agent, Exploring, LiveAgent, RandomAgent, StickyAgent
+from raywm.agent import Agent, Exploring, LiveAgent, MixedAgent, RandomAgent, StickyAgent
 from raywm.collect import Collector
-from raywm.data.episode import from_table, validate
+from raywm.data.episode import validate
+from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
-from raywm.runtime.collectors import RayCollector
 from raywm.runtime.pool import WorkerPool
+from raywm.runtime.workers import CollectWorker, StoreWorker
 from raywm.spaces import ActionCodec
 
 COUNTING = {"id": "raywm/Counting-v0", "kwargs": {"image": True}}
@@ -42,7 +43,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("envs", [1, 3, 8])
-@pytest.mark.parametrize("make", [RandomAgent, StickyAgent, Listening, lambda c: Exploring(Listening(c), c, 0.3)])
+@pytest.mark.parametrize(
+    "make", [RandomAgent, StickyAgent, MixedAgent, Listening, lambda c: Exploring(Listening(c), c, 0.3)]
+)
 def test_integrity_and_grouping(envs, make):
     one = Collector(COUNTING, seed=3, envs=envs)
     agent = make(one.codec)
@@ -153,7 +156,12 @@ def test_wrong_shapes_and_endless_episodes_are_named():
 )
 def test_random_agents_act_within_the_space_and_uniformly(space):
     codec = ActionCodec(space)
-    for agent in (RandomAgent(codec), StickyAgent(codec, 3), Exploring(RandomAgent(codec), codec, 0.5)):
+    for agent in (
+        RandomAgent(codec),
+        StickyAgent(codec, 3),
+        MixedAgent(codec, 9),
+        Exploring(RandomAgent(codec), codec, 0.5),
+    ):
         rngs = [np.random.default_rng(i) for i in range(4)]
         state, first, seen = agent.initial(4), np.ones(4, bool), []
         for _ in range(400):
@@ -200,47 +208,39 @@ def test_live_agent():
         live.act(np.zeros((3, 4)))
 
 
-class Shelf:
-    """A store's actor, as far as collectors know it."""
-
-    def __init__(self):
-        self.tables = {}
-
-    def add(self, table):
-        self.tables[from_table(table).id] = table
-        return True
-
-    def all(self):
-        return list(self.tables.values())
-
-
 def test_ray_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp_path):
     fault = {"fault": "kill", "at": 7, "once": str(tmp_path / "killed")}
     env = {"id": "raywm/Faulty-v0", "kwargs": fault}
     here = Collector({**env, "kwargs": {"fault": None}}, seed=5, envs=4)
     agent = RandomAgent(here.codec)
     expected = {e.id: e for e in here.collect(agent, range(24))}
-    shelf = ray_session.remote(Shelf).options(num_cpus=0).remote()
-    units = [(k, (shelf, range(k, k + 4))) for k in range(0, 24, 4)]
-    with WorkerPool(RayCollector, (env, 5, 4), 2, options={"num_cpus": 0.5}, name="collectors") as pool:
-        pool.broadcast("set_agent", agent, 0)
-        reported = [entry for _, entries in pool.map("collect_to", units) for entry in entries]
+    path = str(tmp_path / "store")
+    store = ray_session.remote(StoreWorker).options(num_cpus=0).remote(path, here.columns, here.codec)
+    units = [(k, (range(k, k + 4), "collect")) for k in range(0, 24, 4)]
+    with WorkerPool(CollectWorker, (env, 5, 4, store), 2, options={"num_cpus": 0.5}, name="collectors") as pool:
+        pool.broadcast("set_agent", agent)
+        reported = [entry for _, entries in pool.map("collect", units) for entry in entries]
         assert pool.deaths == 1
         played = [p for _, ps in pool.map("play", [(0, ([3, 1], "collect"))]) for p in ps]
     assert sorted(reported) == [(n, 20, 20.0) for n in range(24)]
-    assert [(p.number, p.ret) for p in played] == [(3, 20.0), (1, 20.0)]
-    for table in ray_session.get(shelf.all.remote()):
-        episode = from_table(table)
-        same(episode, expected.pop(episode.id))
-    assert not expected
+    assert played == [(3, 20, 20.0), (1, 20, 20.0)]
+    ids = sorted(expected)
+    assert ray_session.get(store.commit.remote([*ids, "collect-000000099"])) == ["collect-000000099"]
+    assert ray_session.get(store.commit.remote(ids)) == []
+    ray_session.get(store.close.remote())
+    ray_session.kill(store)
+    with EpisodeStore(path, read_only=True) as kept:
+        assert sorted(kept.ids()) == ids
+        for id in ids:
+            same(kept.get(id), expected[id])
 
 
 def test_an_environments_error_reaches_the_driver_as_itself(ray_session):
     env = {"id": "raywm/Faulty-v0", "kwargs": {"fault": "nan_obs", "at": 3}}
-    with WorkerPool(RayCollector, (env, 0, 2), 1, options={"num_cpus": 0.5}, name="collectors") as pool:
-        pool.broadcast("set_agent", RandomAgent(ActionCodec(gym.spaces.Discrete(2))), 0)
+    with WorkerPool(CollectWorker, (env, 0, 2, None), 1, options={"num_cpus": 0.5}, name="collectors") as pool:
+        pool.broadcast("set_agent", RandomAgent(ActionCodec(gym.spaces.Discrete(2))))
         with pytest.raises(ValueError, match="episode 0, step 3") as caught:
-            list(pool.map("play", [(0, ([0],))]))
+            list(pool.map("play", [(0, ([0], "collect"))]))
         assert type(caught.value) is ValueError
 
 

@@ -80,7 +80,7 @@ def test_a_file_is_like_a_preset(tmp_path):
         ("fit.lr=.inf", "fit.lr: got inf, expected a finite number"),
         ("fit.held_out=1", "fit.held_out: got 1, expected less than 1"),
         ("model.joint=1", "model.joint: got 1, expected true or false"),
-        ("collect.policy=greedy", "collect.policy: got 'greedy', expected one of 'random' or 'sticky'"),
+        ("collect.policy=greedy", "collect.policy: got 'greedy', expected one of 'mixed', 'random' or 'sticky'"),
         ("budget.real_steps=many", "budget.real_steps: got 'many', expected a whole number, or null"),
         ("env.crop=[1, 2]", "env.crop: got [1, 2], expected [top, bottom, left, right] in pixels, or null"),
         ("env.resize=[64, x]", "env.resize: got [64, 'x'], expected [height, width] in pixels, or null"),

@@ -32,7 +32,9 @@ def make(number, steps=12, terminal=None, prefix="e", **info):
         id=f"{prefix}-{number:06d}",
         obs={
             "vector": np.stack([np.full(rows, number), row], 1).astype(np.float32),
-            "image": np.broadcast_to(((number * 31 + row) % 256)[:, None, None, None], (rows, 4, 5, 3)).astype(np.uint8),
+            "image": np.broadcast_to(((number * 31 + row) % 256)[:, None, None, None], (rows, 4, 5, 3)).astype(
+                np.uint8
+            ),
         },
         action=np.where(row > 0, (number + row) % 3, 0),
         reward=np.where(row > 0, number + row / 8, 0).astype(np.float32),
@@ -231,7 +233,9 @@ def test_the_store_gives_back_what_was_added_and_drops_duplicates(store):
     for episode in reversed(episodes):
         assert store.add(episode)
         assert not store.add(episode)
-    assert store.ids() == [e.id for e in episodes] and len(store) == 20 and store.steps == sum(e.steps for e in episodes)
+    assert (
+        store.ids() == [e.id for e in episodes] and len(store) == 20 and store.steps == sum(e.steps for e in episodes)
+    )
     for episode in episodes:
         same(episode, store.get(episode.id))
     assert store.snapshot(["e-000003", "e-000001"]).ids == ["e-000001", "e-000003"]
@@ -396,7 +400,9 @@ def test_foreign_files_are_set_aside(tmp_path, name):
     for data in foreign:
         (tmp_path / name).write_bytes(data)
         (tmp_path / "notes.txt").write_text("not ours, left alone")
-        with pytest.warns(UserWarning, match="set aside"), EpisodeStore(tmp_path, COLUMNS, CODEC) as store:
+        with pytest.warns(UserWarning, match="set aside"):
+            store = EpisodeStore(tmp_path, COLUMNS, CODEC)
+        with store:
             assert store.ids() == [make(1).id]
             same(make(1), store.get(make(1).id))
     assert not (tmp_path / name).exists() and (tmp_path / "notes.txt").exists()

@@ -192,7 +192,8 @@ def test_mistakes_are_named_with_a_way_out(cfg, message):
 
 
 @pytest.mark.parametrize(
-    "module,id,extra", [("ale_py", "ALE/Pong-v5", "atari"), ("mujoco", "Hopper-v5", "mujoco"), ("vizdoom", None, "doom")]
+    "module,id,extra",
+    [("ale_py", "ALE/Pong-v5", "atari"), ("mujoco", "Hopper-v5", "mujoco"), ("vizdoom", None, "doom")],
 )
 def test_missing_extras_come_with_their_install_line(module, id, extra, monkeypatch):
     for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:

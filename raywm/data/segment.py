@@ -198,7 +198,7 @@ def walk_pieces(segments: list[Segment]) -> Iterator[Piece]:
 def columns_crc(episode: Episode) -> int:
     crc = 0
     for column in episode.columns().values():
-        crc = zlib.crc32(memoryview(np.ascontiguousarray(column).reshape(-1).view(np.uint8)), crc)
+        crc = zlib.crc32(np.ascontiguousarray(column).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

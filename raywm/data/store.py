@@ -105,7 +105,9 @@ class EpisodeStore:
                 self._put_aside(path, error)
                 continue
             if not is_open and not segment.ended:
-                warnings.warn(f"{path} has no end mark: pieces at its end may be missing; the rest is served", stacklevel=3)
+                warnings.warn(
+                    f"{path} has no end mark: pieces at its end may be missing; the rest is served", stacklevel=3
+                )
             if segment.schema is not None and segment.pieces:
                 self._check_schema(segment.schema)
             if is_open and not self.read_only:

@@ -6,7 +6,7 @@ actions, a REINFORCE update). Both executors run the same plain classes in the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from raywm.collect import Collector
 from raywm.config import RunConfig
 from raywm.data.store import EpisodeStore
-from raywm.loops.parts import Parts, units
+from raywm.loops.parts import Parts, chunks, units
 
 Played = tuple[int, int, float]  # episode number, steps, return
 
@@ -46,13 +46,14 @@ class InProcess:
         """The agent that plays from now on."""
         self._agent = agent
 
-    def collect(self, numbers: Iterator[int], stream: str) -> Iterator[Played]:
+    def collect(self, numbers: Iterable[int], stream: str) -> Iterator[Played]:
         """Play episodes `numbers` and hold them until `commit`; in the order of their ends."""
         self._staged.clear()
-        for episode in self.collector.collect(self._agent, numbers, stream):
-            number = int(episode.info["number"])
-            self._staged[number] = episode
-            yield number, len(episode) - 1, float(episode.reward.sum(dtype=np.float64))
+        for chunk in chunks(numbers, self.config.collect.envs):
+            for episode in self.collector.collect(self._agent, chunk, stream):
+                number = int(episode.info["number"])
+                self._staged[number] = episode
+                yield number, episode.steps, episode.ret
 
     def commit(self, numbers: Sequence[int]) -> None:
         """Write these of the held episodes to the store, in this order, and forget the others."""

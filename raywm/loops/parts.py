@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from raywm.agent import RandomAgent, StickyAgent
+from raywm.agent import MixedAgent, RandomAgent, StickyAgent
 from raywm.config import RunConfig
 from raywm.controllers import Controller, ControllerAgent
 from raywm.data.store import Snapshot
@@ -19,7 +20,7 @@ from raywm.fit import Trainer
 from raywm.learners.fitness import DreamWorker
 from raywm.models import build_model
 from raywm.seeding import derive
-from raywm.spaces import ActionCodec, is_image
+from raywm.spaces import ActionCodec, columns_to_json, is_image
 
 DEFAULT_HORIZON = 1000  # of dreams of an environment that names no time limit
 
@@ -36,19 +37,22 @@ class Parts:
             self.horizon = config.dream.horizon or time_limit(env) or DEFAULT_HORIZON
         finally:
             env.close()
-        m, c = config.model, config.controller
-        shapes = {k: (tuple(box.shape), is_image(box)) for k, box in self.columns.items()}
-        model = {"kind": "vm", "columns": shapes, "act_dim": self.codec.dim, "features": c.features, **dict(m)}
+        self.spec = spec = specification(config, self.columns, self.codec)
         torch.manual_seed(derive(config.seed, "model"))
-        built = build_model(**model)
+        built = build_model(**spec["model"])
         self.weights = {k: v.clone() for k, v in built.state_dict().items()}  # the first ones, of the run's seed
-        controller = {"feat_dim": built.feat_dim, "act_dim": self.codec.dim, "kind": c.kind, "hidden": c.hidden}
-        self.spec = {"model": model, "controller": controller, "codec": self.codec}
-        self.controller = Controller(**controller)
+        self.controller = Controller(**spec["controller"])
+
+    def spaces(self) -> dict[str, Any]:
+        """What a run directory keeps of the environment, so that its agent and report need no environment."""
+        columns = columns_to_json(self.columns)
+        return {"action": self.codec.to_json(), "columns": columns, "horizon": self.horizon}
 
     def first_agent(self) -> Any:
         collect = self.config.collect
-        return RandomAgent(self.codec) if collect.policy == "random" else StickyAgent(self.codec, collect.hold)
+        if collect.policy == "random":
+            return RandomAgent(self.codec)
+        return {"sticky": StickyAgent, "mixed": MixedAgent}[collect.policy](self.codec, collect.hold)
 
     def agent(self, weights: dict[str, torch.Tensor], theta: np.ndarray, version: int = 0) -> ControllerAgent:
         model = build_model(**self.spec["model"])
@@ -72,6 +76,17 @@ class Parts:
 
     def fit_worker(self) -> FitWorker:
         return FitWorker(self.spec, self.config.seed, dict(self.config.fit))
+
+
+def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
+    """Arguments that rebuild a run's model and controller: "model" (of `build_model`), "controller" and "codec"."""
+    m, c = config.model, config.controller
+    shapes = {k: (tuple(box.shape), is_image(box)) for k, box in columns.items()}
+    model = {"kind": "vm", "columns": shapes, "act_dim": codec.dim, "features": c.features, **dict(m)}
+    with torch.device("meta"):  # only its size is asked for
+        feat_dim = build_model(**model).feat_dim
+    controller = {"feat_dim": feat_dim, "act_dim": codec.dim, "kind": c.kind, "hidden": c.hidden}
+    return {"model": model, "controller": controller, "codec": codec}
 
 
 def time_limit(env: gymnasium.Env) -> int | None:
@@ -130,6 +145,13 @@ def units(theta: np.ndarray, size: int) -> list[np.ndarray]:
     short = -len(theta) % size
     padded = np.concatenate([theta, np.repeat(theta[-1:], short, 0)])
     return list(padded.reshape(-1, size, theta.shape[1]))
+
+
+def chunks(numbers: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Possibly endless numbers, `size` at a time."""
+    numbers = iter(numbers)
+    while chunk := list(itertools.islice(numbers, size)):
+        yield chunk
 
 
 def in_order(results: Iterable[tuple[int, int, float]], first: int) -> Iterator[tuple[int, int, float]]:

@@ -6,6 +6,7 @@ a checkpoint: so a resumed run goes on at the phase it died in, and ends as if n
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from raywm import checkpoint
 from raywm.agent import Exploring
@@ -26,7 +26,6 @@ from raywm.learners.reinforce import Reinforce
 from raywm.log import RunLog
 from raywm.loops.parts import Parts, in_order
 from raywm.seeding import derive
-from raywm.seeding import rng as stream
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
 TRIALS = BLOCK // 2
@@ -70,13 +69,14 @@ class VMC:
 
     def run(self) -> dict[str, Any]:
         """Go through the phases that are left; returns what `summary.json` holds."""
+        checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         self.restore()
-        if (self.out / "summary.json").exists() and self.state["phase"] == "done" and not self._may_go_on():
-            return json.loads((self.out / "summary.json").read_text())
-        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
-        state = self.state
-        if state["phase"] == "done":  # a larger budget continues a finished run
+        state, summary = self.state, self.out / "summary.json"
+        if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
             state.update(phase="collect", stopped=None, iteration=state["iteration"] + 1)
+        if state["phase"] == "done" and summary.exists():
+            return json.loads(summary.read_text())
+        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
         while state["phase"] in phases:
             getattr(self, state["phase"])()
             at = phases.index(state["phase"])
@@ -103,7 +103,7 @@ class VMC:
             if count < 1 or self._left() <= 0:
                 return
             inner = self.parts.agent(self.weights, self.theta, state["iteration"])
-            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore, config.hold))
+            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore))
             played = self._take(state["iteration"] * BLOCK, episodes=count, label="collect (exploring)")
         if played:
             self._tell("collect", **summarise([p[2] for p in played], [p[1] for p in played]))
@@ -133,7 +133,7 @@ class VMC:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster."""
         budget, taken, total = self._left(), [], 0
-        numbers: Iterator[int] = itertools.count(first) if episodes is None else iter(range(first, first + episodes))
+        numbers = itertools.count(first) if episodes is None else range(first, first + episodes)
         goal = steps if episodes is None else episodes
         with self.log.progress(label, goal) as bar:
             results = self.executor.collect(numbers, "collect")
@@ -157,10 +157,16 @@ class VMC:
 
     def fit(self) -> None:
         """V and M, from the weights of the last turn, to all episodes so far."""
-        with self.log.progress("fit", None) as bar:
+        with contextlib.ExitStack() as stack:
+            bars: dict[str, Any] = {}
 
             def report(phase: str, step: int, steps: int, loss: float | None = None) -> None:
-                bar.set(phase=phase, step=f"{step}/{steps}", **({} if loss is None else {"loss": loss}))
+                if phase not in bars:
+                    stack.close()  # the phase before has ended
+                    bars[phase] = stack.enter_context(self.log.progress(f"fit {phase}", steps))
+                bars[phase].advance(step - bars[phase].done)
+                if loss is not None:
+                    bars[phase].set(loss=loss)
 
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report
@@ -298,9 +304,6 @@ class VMC:
             return f"{self.config.iterations} iterations done"
         return None
 
-    def _may_go_on(self) -> bool:
-        return self._stop() is None
-
     def evaluate(self) -> dict[str, Any]:
         """The best controller's final measurement, which decides nothing, and the run's summary."""
         state = self.state
@@ -366,10 +369,32 @@ class VMC:
         self.state.update(saved.state)
         self.log.truncate(self.state["log_rows"])
         tensors, arrays = saved.tensors, saved.arrays
-        self.weights, self.optimisers, self.starts = tensors["model"], tensors.get("optimisers", {}), tensors.get("starts", {})
+        self.weights, self.optimisers, self.starts = (
+            tensors["model"],
+            tensors.get("optimisers", {}),
+            tensors.get("starts", {}),
+        )
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
         self.record = dict(arrays.get("search", {}))
+
+
+def collect(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:
+    """Only a run's first episodes; `train` in the same directory goes on from there."""
+    run = VMC(config, out, executor, log)
+    run.restore()
+    state = run.state
+    if (state["iteration"], state["phase"]) == (0, "collect"):
+        run.collect()
+        state["phase"] = "fit"
+        run.save()
+    returns = state["random"]
+    return {
+        "env_id": config.env.id,
+        "episodes": len(returns),
+        "real_env_steps": state["real_env_steps"],
+        **{k: v for k, v in summarise(returns, [0]).items() if k.startswith("return_")},
+    }
 
 
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:

@@ -156,6 +156,7 @@ class VM(WorldModel):
         self.register_buffer("target_scale", torch.ones(z))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_scale", torch.ones(()))
+        self.register_buffer("reward_range", torch.tensor([-math.inf, math.inf]))
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -200,6 +201,7 @@ class VM(WorldModel):
             z = state["z"] + z
         hxz = torch.cat([hx, z], -1)
         reward = self.memory.reward(hxz).squeeze(-1) * self.reward_scale + self.reward_mean
+        reward = reward.clamp(self.reward_range[0], self.reward_range[1])
         cont = torch.sigmoid(self.end_shift - self.memory.end(hxz).squeeze(-1))
         return Step({"z": z, "h": h, "c": c}, reward, cont)
 
@@ -228,6 +230,9 @@ class VM(WorldModel):
                 std = statistics[name]["std"]
                 getattr(self, f"{prefix}_mean").copy_(statistics[name]["mean"])
                 getattr(self, f"{prefix}_scale").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        if "reward" in statistics:
+            # a dream may promise what was received, not whatever the head extrapolates to: controllers go and find it
+            self.reward_range.copy_(torch.stack([statistics["reward"]["min"], statistics["reward"]["max"]]))
 
     # ------------------------------------------------------------------------------------------------ losses
 
@@ -258,8 +263,8 @@ class VM(WorldModel):
             mse = error.mean().detach().clamp(min=1e-6)
             kl = 0.5 * (mean.square() + std.square() - 1) - std.log()  # (N, Z)
             kl = (kl * (kl.mean(0) > self.free_bits)).sum(-1)  # a dimension below its free bits is not pulled at all
-            # the gradient of D/2 log MSE, written as a row's own share
-            total = total + 0.5 * error.sum(-1) / mse + self.beta * kl
+            # a Gaussian's log-likelihood with the batch's own MSE as its variance: the gradient of D/2 log MSE
+            total = total + 0.5 * (error / mse + mse.log()).sum(-1) + self.beta * kl
             metrics |= {f"{name}_mse": mse, f"{name}_kl": kl.mean().detach()}
         states = self.initial(rows * steps) | {"z": torch.cat(latents, -1).detach()}
         valid = batch.mask.flatten() & ~batch.is_terminal.flatten()

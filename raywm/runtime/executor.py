@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywm.config import RunConfig
 from raywm.learners.fitness import DreamWorker
 from raywm.loops.executor import Played
-from raywm.loops.parts import Parts, units
+from raywm.loops.parts import Parts, chunks, units
 from raywm.runtime.cluster import connect
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.workers import Board, CollectWorker, FitActor, StoreWorker
@@ -45,9 +43,8 @@ class RayExecutor:
         self.threads = config.fit.threads or 1
         needed = config.collect.workers + config.dream.workers * config.dream.threads + self.threads
         self._started = not ray.is_initialized()
-        if self._started:
-            modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
-            connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
+        modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
+        connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         columns, codec = self.parts.columns, self.parts.codec
         path = str((Path(out) / "episodes").resolve())
@@ -129,17 +126,12 @@ class RayExecutor:
         """The agent that plays from now on, sent once for all collectors."""
         self._pool("collect").broadcast("set_agent", agent)
 
-    def _chunks(self, numbers: Iterator[int], size: int) -> Iterator[list[int]]:
-        while chunk := list(itertools.islice(numbers, size)):
-            yield chunk
-
-    def collect(self, numbers: Iterator[int], stream: str) -> Iterator[Played]:
+    def collect(self, numbers: Iterable[int], stream: str) -> Iterator[Played]:
         """Play episodes `numbers` and hold them in the store until `commit`; in the order of their ends."""
         size = self.config.collect.envs
-        if hasattr(numbers, "__len__") or hasattr(numbers, "__length_hint__"):  # a finite few: an equal share each
-            count = numbers.__length_hint__() if hasattr(numbers, "__length_hint__") else len(numbers)
-            size = max(1, min(size, -(-count // self.config.collect.workers)))
-        work = ((tuple(c), (c, stream)) for c in self._chunks(iter(numbers), size))
+        if isinstance(numbers, Sequence):  # a finite few: an equal share for each collector
+            size = max(1, min(size, -(-len(numbers) // self.config.collect.workers)))
+        work = ((tuple(c), (c, stream)) for c in chunks(numbers, size))
         results = self._pool("collect").map("collect", work)
         self._stream = stream
         try:
@@ -162,7 +154,7 @@ class RayExecutor:
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them, in order of their numbers."""
-        work = ((tuple(c), (c, stream)) for c in self._chunks(iter(numbers), self.config.collect.envs))
+        work = ((tuple(c), (c, stream)) for c in chunks(numbers, self.config.collect.envs))
         return sorted(p for _, played in self._pool("collect").map("play", work) for p in played)
 
     def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> tuple[np.ndarray, int]:

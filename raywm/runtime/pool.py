@@ -163,7 +163,7 @@ class WorkerPool:
         open_units = 0
         try:
             while True:
-                while (slot := self._free_slot()) is not None and (self._lost or more):
+                while (self._lost or more) and (slot := self._free_slot(alone=bool(self._lost))) is not None:
                     if self._lost:
                         unit = self._lost.popleft()
                     else:
@@ -242,9 +242,11 @@ class WorkerPool:
             slot.head_since = time.monotonic()
         slot.calls.append(_Call(slot.actor.call.remote(method, *args), method, unit))
 
-    def _free_slot(self) -> _Slot | None:
-        slot = min((s for s in self._slots if s.ready), key=lambda s: len(s.calls), default=None)
-        return slot if slot is not None and len(slot.calls) < self._inflight else None
+    def _free_slot(self, alone: bool) -> _Slot | None:
+        """Where the next unit goes. One that was with a worker as it died runs `alone`: the next death tells."""
+        free = [s for s in self._slots if s.ready and not any(c.unit is not None and c.unit.deaths for c in s.calls)]
+        slot = min(free, key=lambda s: len(s.calls), default=None)
+        return slot if slot is not None and len(slot.calls) < (1 if alone else self._inflight) else None
 
     def _pump(self) -> None:
         """One round: take in what is ready, replace what has died or hung; waits at most POLL_S."""
@@ -314,12 +316,12 @@ class WorkerPool:
         doing = f" in {calls[0].what}" + (f" of unit {calls[0].unit.key!r}" if calls[0].unit else "") if calls else ""
         reason = f"worker {slot.index} (pid {pid}) died{doing}: {reason}"
         self._on_death(self.name, reason)
-        if calls and calls[0].unit in lost:
-            calls[0].unit.deaths += 1  # only the head was running; those behind it are innocent
-            if calls[0].unit.deaths >= UNIT_DEATHS:
+        for unit in lost:  # a quick unit's answer may be lost with the worker that the next one took down: all suspects
+            unit.deaths += 1
+            if unit.deaths >= UNIT_DEATHS:
                 raise RuntimeError(
-                    f"pool {self.name!r}: unit {calls[0].unit.key!r} has taken down {UNIT_DEATHS} workers, the last "
-                    f"time: {reason}. Look for a crash or too little memory in it, or raise timeout_s={self._timeout_s}"
+                    f"pool {self.name!r}: unit {unit.key!r} has taken down {UNIT_DEATHS} workers, "
+                    f"the last time: {reason} Look for a crash or for memory, or raise timeout_s={self._timeout_s}"
                 )
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):

@@ -33,7 +33,7 @@ class StoreWorker:
         self._staged[id] = table
 
     def commit(self, ids: Sequence[str]) -> list[str]:
-        """Write these episodes, in this order, and forget the others. Returns those that are nowhere: play them again."""
+        """Write these episodes, in this order, and forget the others. Returns those that are nowhere."""
         have = set(self.store.ids())
         missing = [i for i in ids if i not in have and i not in self._staged]
         if missing:

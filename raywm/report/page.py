@@ -1,0 +1,631 @@
+"""RUN/report.html: one self-contained page that works offline, on a desk and on a phone, in light and in dark."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import shlex
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import raywm
+from raywm import config as configs
+from raywm.checkpoint import atomic_write_text
+from raywm.data.episode import Episode
+from raywm.report import measure, plots
+from raywm.report.load import Run, is_trial
+from raywm.report.videos import varying, write_videos
+
+EMBED_BYTES = 8 * 2**20  # a larger video is linked, not put into the page
+DIMS = 4  # dimensions shown where each has a panel of its own
+ROWS = 200  # of an episode, in charts along time
+
+
+def write_report(run: str | Path) -> Path:
+    """Write RUN/report.html (and RUN/videos for image environments); returns its path.
+
+    What a run does not have yet is said on the page. Only the page and the videos are written.
+    """
+    of = Run(run)
+    sections: list[tuple[str, Callable[[Run], str]]] = [
+        ("Fitness and reality", fitness),
+        ("The dream, step by step", open_loop),
+        ("Dream and reality side by side", trajectories),
+        ("What M predicts, and what happened", mixtures),
+        ("What V keeps", reconstructions),
+        ("The latent space", latents),
+        ("Training V and M", training),
+        ("Videos", videos),
+        ("Config", settings),
+    ]
+    body = [header(of)]
+    for title, draw in sections:
+        body.append(f"<section><h2>{title}</h2>{_drawn(draw, of)}</section>")
+    title = f"{of.config.env.id}, seed {of.config.seed}"
+    page = PAGE.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))
+    path = of.path / "report.html"
+    atomic_write_text(path, page)
+    return path
+
+
+def _drawn(draw: Callable[[Run], str], run: Run) -> str:
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # empty slices: parts of a chart without data stay empty
+            return draw(run)
+    except Exception as error:  # a long run's page must not be lost to one broken picture
+        return missing(f"This part could not be drawn: {type(error).__name__}: {error}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ pieces of a page
+
+
+def say(text: str) -> str:
+    return f'<p class="how">{html.escape(text)}</p>'
+
+
+def missing(text: str) -> str:
+    return f'<p class="missing">{html.escape(text)}</p>'
+
+
+def grid(*figures: str, wide: bool = False) -> str:
+    inside = "".join(f"<figure>{f}</figure>" for f in figures if f)
+    return f'<div class="grid{" wide" if wide else ""}">{inside}</div>'
+
+
+def picture(image: np.ndarray, alt: str) -> str:
+    width, height = image.shape[1], image.shape[0]
+    return f'<img src="{plots.png(image)}" width="{width}" height="{height}" alt="{html.escape(alt)}">'
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    if value is None or not math.isfinite(value):
+        return "–"
+    if abs(value) >= 100_000:
+        return f"{value / 1e6:.2f} M" if abs(value) >= 1e6 else f"{value / 1e3:.0f} k"
+    return f"{value:,.{digits}f}" if value != int(value) else f"{int(value):,}"
+
+
+def needs_model(run: Run) -> str:
+    """Why there is nothing to draw, or nothing."""
+    if run.model is None:
+        return missing(f"Not there yet: {run.why}.")
+    if not run.held_out:
+        return missing("Not there: the run has no episodes on this machine.")
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------ the top of the page
+
+
+def header(run: Run) -> str:
+    summary, state = run.summary or {}, run.state
+    figures = outcome(run)
+    finished = bool(summary) and state.get("phase", "done") == "done"
+    if finished:
+        status = f"Finished: {summary.get('stopped') or 'done'}."
+    elif state:
+        status = f"Not finished: turn {state.get('iteration', 0)}, next is “{state.get('phase')}”."
+    else:
+        status = "Not finished: stopped before its first checkpoint."
+    real, spread = figures["real"], figures["real_std"]
+    tiles = [
+        (
+            "real return",
+            number(real) + (f" ± {number(spread)}" if spread is not None else ""),
+            figures["real_note"],
+            "real",
+        ),
+        ("random policy", number(figures["random"]), "the same environment, random actions", ""),
+        ("dream return", number(figures["dream"]), "the same controller in its dream", "dream"),
+        ("dream gap", signed(figures["gap"]), "dream return − real return", ""),
+        ("calibration gap", signed(figures["calibration"]), "the same for the random policy", ""),
+        ("real steps", number(figures["steps"]), "that trained or decided anything", ""),
+        ("dream steps", number(figures["dream_steps"]), "imagined", ""),
+        (
+            "time",
+            clock(figures["seconds"]),
+            f"{summary.get('worker_deaths', state.get('worker_deaths', 0))} workers died",
+            "",
+        ),
+    ]
+    cells = "".join(
+        f'<div class="tile {kind}"><span>{name}</span><b>{html.escape(value)}</b><small>{html.escape(note)}</small></div>'
+        for name, value, note, kind in tiles
+    )
+    again = shlex.join(["raywm", "train", str(run.path / "config.yaml"), "--out", f"{run.path}-again"])
+    verdict = "".join(f"<p>{html.escape(line)}</p>" for line in trust(run, figures))
+    kind = run.config.evolve.learner.upper().replace("CMAES", "CMA-ES")
+    what = f"A {run.config.controller.kind} controller on V and M, trained by {kind} in the {run.config.evolve.where}"
+    what = what.replace("in the both", "in the dream, then in reality").replace(
+        "in the real", "in the real environment"
+    )
+    return (
+        f"<header><p class='kicker'>raywm {raywm.__version__}, V-M-C</p>"
+        f"<h1>{html.escape(run.config.env.id)} <small>seed {run.config.seed}</small></h1>"
+        f"<p>{html.escape(what)}. <strong>{html.escape(status)}</strong></p><div class='tiles'>{cells}</div>"
+        f"<h2>How far to trust this dream</h2>{verdict}"
+        f"<p>The same run again:</p><pre><code>{html.escape(again)}</code></pre>"
+        "<p class='key'><i class='real'></i> reality <i class='dream'></i> dream, "
+        "in every chart of this page</p></header>"
+    )
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """The run's figures: of its summary, or as far as it has come."""
+    summary, state = run.summary or {}, run.state
+    trials, collected, calibrations = run.kind("trial"), run.kind("collect"), run.kind("calibration")
+    figures: dict[str, Any] = {
+        "real": summary.get("real_return_mean"),
+        "real_std": summary.get("real_return_std"),
+        "real_note": f"mean ± spread over {summary.get('real_return_episodes', 0)} new episodes",
+        "random": summary.get("random_return_mean"),
+        "dream": summary.get("dream_return_mean"),
+        "gap": summary.get("dream_gap"),
+        "calibration": summary.get("calibration_gap", state.get("calibration_gap")),
+        "steps": summary.get("real_env_steps", state.get("real_env_steps")),
+        "dream_steps": summary.get("dream_steps", state.get("dream_steps")),
+        "seconds": summary.get("wall_seconds", state.get("wall_seconds")),
+    }
+    if not summary:
+        if trials:
+            best = max(trials, key=lambda row: row["return_mean"])
+            figures |= {"real": best["return_mean"], "real_std": best["return_std"], "gap": best.get("dream_gap")}
+            figures["dream"] = None if best.get("dream_gap") is None else best["return_mean"] + best["dream_gap"]
+            figures["real_note"] = f"best trial so far, {best['episodes']} episodes"
+        else:
+            figures["real_note"] = "no trial yet"
+        if collected:
+            figures["random"] = collected[0]["return_mean"]
+    figures["random_std"] = collected[0]["return_std"] if collected else None
+    if figures["calibration"] is None and calibrations:
+        figures["calibration"] = calibrations[-1]["calibration_gap"]
+    return figures
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
+
+
+def clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def trust(run: Run, figures: dict[str, Any]) -> list[str]:
+    """Both gaps in plain words. A gap is held against how far returns spread or how large they are."""
+    lines = []
+    calibration, random = figures["calibration"], figures["random"]
+    if calibration is None or random is None:
+        lines.append("Calibration: not measured yet; it needs a fitted model.")
+    else:
+        dreamt = random + calibration
+        scale = max(abs(random), figures["random_std"] or 0.0, 1e-9)
+        lines.append(
+            f"Calibration: the first, random policy gets {number(dreamt)} in the dream and {number(random)} in reality. "
+            + words(calibration / scale, "On what it was fitted to, the dream", "")
+        )
+    real, dream, gap = figures["real"], figures["dream"], figures["gap"]
+    if gap is None or dream is None or real is None:
+        reason = "the controller was evolved in reality only" if run.config.evolve.where == "real" else "no trial yet"
+        lines.append(f"Controller: no dream gap ({reason}).")
+    else:
+        scale = max(abs(real), abs(real - (random if random is not None else 0.0)), 1e-9)
+        lines.append(
+            f"Controller: it gets {number(dream)} in its dream and {number(real)} in reality. "
+            + words(gap / scale, "For the controller the dream", "; it has learned what pays only in the dream")
+        )
+    quality = [row for row in run.kind("quality") if row.get("open_loop_15") is not None and row.get("persist_15")]
+    if quality:
+        row = quality[-1]
+        ratio = row["open_loop_15"] / row["persist_15"]
+        better = "better" if ratio < 1 else "worse"
+        lines.append(
+            f"Prediction: 15 steps ahead M is off by {row['open_loop_15']:.2f} of the data's spread, "
+            f"{better} than “nothing changes” ({row['persist_15']:.2f})."
+        )
+    if run.config.dream.horizon is not None:
+        lines.append(
+            f"Dreams last at most {run.config.dream.horizon} steps (dream.horizon); longer real episodes widen the gap."
+        )
+    return lines
+
+
+def words(share: float, who: str, cheat: str) -> str:
+    size = abs(share)
+    if size < 0.1:
+        return f"{who} is close to reality ({size:.0%} off)."
+    side = "flatters" if share > 0 else "is too gloomy"
+    if size < 0.35:
+        return f"{who} {side} by {size:.0%}: trust its ranking more than its numbers."
+    return f"{who} {side} by {size:.0%}: do not trust its numbers{cheat if share > 0 else ''}."
+
+
+# ------------------------------------------------------------------------------------------------ what was logged
+
+
+def fitness(run: Run) -> str:
+    generations = run.kind("generation")
+    if not generations:
+        return missing("Not there yet: no generation of controllers has been evaluated.")
+    trials = {row["iteration"]: row for row in run.kind("trial")}
+    figures = outcome(run)
+    levels = {"random policy": figures["random"], "target": run.config.target.real_return}
+    calibration = {row["iteration"]: row["calibration_gap"] for row in run.kind("calibration")}
+    controller = {t: row["dream_gap"] for t, row in trials.items() if row.get("dream_gap") is not None}
+    out = say(
+        "The band runs from a generation's worst candidate to its best, the line is its mean; dots are the controller "
+        "tried in the real environment at the end of a turn. Dots far below the line: the dream is being cheated."
+    )
+    out += grid(plots.fitness(generations, trials, levels), wide=True)
+    if not trials:
+        out += missing("No real trial yet.")
+    if calibration or controller:
+        out += say("Gaps near 0 mean that returns in the dream are worth what they say; above 0 the dream flatters.")
+        out += grid(plots.gaps(calibration, controller), turns_table(run))
+    return out
+
+
+def turns_table(run: Run) -> str:
+    """The turns as numbers, for those who would rather read than look."""
+    by: dict[int, dict[str, float | None]] = {}
+    for row in run.rows:
+        cells = by.setdefault(row["iteration"], {})
+        if row["kind"] == "trial":
+            cells |= {"real": row["return_mean"], "gap": row.get("dream_gap"), "steps": row["real_env_steps"]}
+        elif row["kind"] == "dream":
+            cells["dream"] = row["return_mean"]
+        elif row["kind"] == "calibration":
+            cells["calibration"] = row["calibration_gap"]
+    lines = "".join(
+        f"<tr><td>{turn}</td><td>{number(c.get('steps'))}</td><td>{number(c.get('real'))}</td><td>{number(c.get('dream'))}</td>"
+        f"<td>{signed(c.get('gap'))}</td><td>{signed(c.get('calibration'))}</td></tr>"
+        for turn, c in sorted(by.items())
+    )
+    head = "<tr><th>turn</th><th>real steps</th><th>real trial</th><th>dream</th><th>dream gap</th><th>calibration gap</th></tr>"
+    return f'<div class="scroll"><table>{head}{lines}</table></div>'
+
+
+def open_loop(run: Run) -> str:
+    rows = [row for row in run.kind("quality") if row.get("open_loop_1") is not None]
+    if not rows:
+        return missing("Not there yet: no model has been measured on held-out episodes.")
+    out = say(
+        "From real situations of held-out episodes the model imagines 1, 5, 15 and 50 steps under the real actions. "
+        "1 is no better than always guessing the mean of the data; M should stay below “nothing changes”."
+    )
+    out += grid(plots.open_loop(rows))
+    if any(rows[-1].get(f"open_loop_{k}") is None for k in (5, 15, 50)):
+        out += missing("Horizons without a point: no held-out episode was long enough.")
+    return out
+
+
+def training(run: Run) -> str:
+    rows = run.kind("fit")
+    if not rows:
+        return missing("Not there yet: nothing has been fitted.")
+    charts = []
+    for phase, letter in (("vision", "V"), ("memory", "M")):
+        of = [row for row in rows if row["phase"] == phase]
+        if not of:
+            continue
+        x, marks = cumulative(of)
+
+        def chart(title: str, y: str, *columns: tuple[str, str, str], root: bool = False) -> None:
+            series = []
+            for column, label, color in columns:
+                values = plots.clean(row.get(column) for row in of)  # noqa: B023
+                if np.isfinite(values).any():
+                    values = np.sqrt(values) if root else values
+                    marker = "o" if len(values) < 3 else None
+                    series.append(
+                        {"x": x, "y": values, "color": color, "label": label, "marker": marker, "markersize": 4}
+                    )  # noqa: B023
+            if series:
+                charts.append(
+                    plots.lines(title, "gradient steps", y if len(series) > 1 else f"{y}, held-out", series, marks)
+                )  # noqa: B023
+
+        both = (("train_loss", "one training batch", plots.TRAIN), ("loss", "held-out episodes", plots.DREAM))
+        chart(f"{letter}'s loss", "loss", *both)
+        if phase == "vision":
+            for column in run.learned:
+                chart(
+                    f"Reconstruction error of {column}",
+                    "root mean square error",
+                    (f"{column}_mse", "held-out", plots.DREAM),
+                    root=True,
+                )
+                chart(f"Information in z from {column}", "KL, nats a frame", (f"{column}_kl", "held-out", plots.DREAM))
+        else:
+            chart("Surprise about the next z", "nats a latent dimension", ("nll", "held-out", plots.DREAM))
+            chart("Reward error", "root mean square error", ("reward_mse", "held-out", plots.DREAM), root=True)
+            ends = (
+                ("terminal_recall", "recall: ends foreseen", plots.REAL),
+                ("terminal_precision", "precision: warnings that were right", plots.OTHER),
+            )
+            chart("Ends of episodes", "share", *ends)
+    out = say(
+        "Lower is better, but for recall and precision (1 is perfect). Held-out curves that rise while training falls mean "
+        "overfitting; the fit keeps the best held-out weights. Thin vertical lines separate turns."
+    )
+    out += grid(*charts)
+    if not any(row.get("terminal_recall") is not None for row in rows):
+        out += missing(
+            "No held-out episode was ended by the environment itself, so there is no terminal recall to show."
+        )
+    return out
+
+
+def cumulative(rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[float]]:
+    """Gradient steps counted over all turns, and where turns begin."""
+    x, marks, base, last = [], [], 0, None
+    for row in rows:
+        if last is not None and row["iteration"] != last["iteration"]:
+            base = x[-1]
+            marks.append(float(base))
+        x.append(base + row["step"])
+        last = row
+    return np.array(x), marks
+
+
+# ------------------------------------------------------------------------------------------------ what the model does
+
+
+def reconstructions(run: Run) -> str:
+    if why := needs_model(run):
+        return why
+    if not run.learned:
+        return say(
+            "Vision is “identity”: observations are only standardised, so z keeps everything and there is nothing to lose."
+        )
+    out = say(
+        "Above what was seen, below what is left of it after V: whatever is missing below, the controller cannot know."
+    )
+    picked = measure.spread_rows(run.held_out, 512, run.rng("frames"))
+    obs = measure.gather(picked)
+    again = measure.decode(run.model, measure.encode(run.model, obs)["z_mean"])
+    for name in run.images:
+        error = np.square(obs[name].astype(np.float32) / 255 - again[name].astype(np.float32) / 255).mean((1, 2, 3))
+        order = np.argsort(error)
+        middle = len(order) // 2
+        typical, worst = order[max(0, middle - 5) : middle + 5], order[::-1][:10]
+        figures = []
+        for title, rows in (("typical frames", typical), ("the worst frames", worst)):
+            image = plots.strip([obs[name][rows], again[name][rows]])
+            caption = f"{title} of {len(order)} held-out ones: root mean square error {np.sqrt(error[rows].mean()):.3f}"
+            figures.append(f"{picture(image, title)}<figcaption>{html.escape(caption)}</figcaption>")
+        out += grid(*figures, wide=True)
+    for name in (n for n in run.vectors if n in run.learned):
+        episode = max(run.held_out, key=len)
+        truth = np.asarray(episode.obs[name][:ROWS])
+        back = measure.decode(
+            run.model, measure.encode(run.model, {k: v[:ROWS] for k, v in episode.obs.items()})["z_mean"]
+        )
+        dims = varying(truth)[:DIMS] or [0]
+        out += grid(
+            plots.kept(f"{name}, held-out episode", truth[:, dims], back[name][:, dims], [f"[{d}]" for d in dims])
+        )
+    exact = [n for n in run.vectors if n not in run.learned]
+    if exact:
+        out += say(f"Not shown: {', '.join(exact)}, which is only standardised, so that nothing of it is lost.")
+    return out
+
+
+def latents(run: Run) -> str:
+    if why := needs_model(run):
+        return why
+    picked = measure.spread_rows(run.snapshot.episodes, 3000, run.rng("latents"))
+    z = measure.encode(run.model, measure.gather(picked))["z_mean"].numpy()
+    points, shares = measure.principal(z)
+    to_go = np.concatenate([reward_to_go(e)[rows] for e, rows in picked])
+    to_end = np.concatenate(
+        [(len(e) - 1 - rows) if e.is_terminal[-1] else np.full(len(rows), np.nan) for e, rows in picked]
+    )
+    limit = np.nanquantile(to_end, 0.9) if np.isfinite(to_end).any() else np.nan
+    out = say(
+        "Each dot is one observation in z's two widest directions. Colours that lie in order mean that z holds what the "
+        "controller needs; grey dots belong to episodes that no termination ended."
+    )
+    charts = [plots.scatter("By reward still to come", points, to_go, shares, "return to go")]
+    if np.isfinite(limit):
+        charts.append(
+            plots.scatter(
+                "By steps to the end", points, np.minimum(to_end, limit), shares, f"steps, capped at {limit:.0f}"
+            )
+        )
+    out += grid(*charts)
+    if not np.isfinite(limit):
+        out += missing("No episode was ended by the environment itself, so there is no picture by steps to the end.")
+    return out
+
+
+def reward_to_go(episode: Episode) -> np.ndarray:
+    """The sum of rewards after each row (T,)."""
+    total = np.cumsum(episode.reward[::-1].astype(np.float64))[::-1]
+    return total - episode.reward
+
+
+def mixtures(run: Run) -> str:
+    if why := needs_model(run):
+        return why
+    episode = max(run.held_out, key=len)
+    along = measure.predictions(run, [episode], min(ROWS, len(episode)), 200, 10**9, "along")
+    some = sorted(run.held_out, key=lambda e: e.id)[:24]
+    overall = measure.predictions(run, some, min(300, max(len(e) for e in some)), 100, 1500, "overall")
+    # a dimension whose mean hardly moves holds nothing but the posterior's noise
+    spread = np.concatenate([measure.encode(run.model, e.obs)["z_mean"].numpy() for e in [episode, *some[:8]]]).std(0)
+    dims = sorted(np.argsort(-spread, kind="stable")[:DIMS].tolist())
+    used = spread > 0.1 * spread.max()
+    names = [f"z[{d}]" for d in dims]
+    out = say(
+        "At each step of a held-out episode M says what it expects one step later (bands, at temperature 1), then reality "
+        "comes (line). A calibrated M has about 90 % of reality inside the wide band, and a flat histogram: a hill means "
+        "that it is too unsure, a valley with high ends that it is too sure, a slope that it is biased."
+    )
+    out += grid(
+        plots.forecast("Expected and real z, one step ahead", along.samples[:, :, dims], along.truth[:, dims], names),
+        wide=True,
+    )
+    pit = overall.pit[:, used]
+    inside = float(((pit > 0.05) & (pit < 0.95)).mean())
+    charts = [plots.calibration(pit.ravel())]
+    # where M was least sure: there the shape of the mixture shows
+    width = along.samples.std(1)[:, dims] / np.maximum(spread[dims], 1e-9)
+    for flat in [int(np.argmax(width[:, i])) * len(dims) + i for i in np.argsort(-width.max(0))[:2]]:
+        t, i = divmod(flat, len(dims))
+        charts.append(
+            plots.mixture(
+                f"Least sure of {names[i]}: step {t + 1}",
+                along.samples[t, :, dims[i]],
+                along.truth[t, dims[i]],
+                names[i],
+            )
+        )
+    out += grid(*charts)
+    return (
+        out
+        + f"<p>{inside:.0%} of what happened lay inside the predicted 90 % ({len(overall.truth):,} held-out steps, the {used.sum()} dimensions of z that hold something).</p>"
+    )
+
+
+def trajectories(run: Run) -> str:
+    if why := needs_model(run):
+        return why
+    ordered = sorted(run.held_out, key=lambda e: (is_trial(e), len(e)))
+    chosen = {e.id: e for e in (ordered[-1], ordered[len(ordered) // 2], ordered[0])}
+    out = say(
+        "Dreams begin where a held-out episode began and take the actions it took; they never see it again. Where reality "
+        f"leaves the band of dreams, they are wrong. Temperature {run.config.dream.temperature:g}, as the controller's dreams have."
+    )
+    charts, films = [], []
+    for episode in chosen.values():
+        who = (
+            "the controller's"
+            if is_trial(episode)
+            else f"{episode.info.get('policy', episode.info.get('agent', ''))}".strip()
+        )
+        label = f"{episode.id} ({who or 'exploring'}, {episode.steps} steps)"
+        rows = min(len(episode), ROWS)
+        if run.images:
+            films.append(film(run, episode, rows, label))
+        if run.vectors and varying(episode.obs[run.vectors[0]]):
+            charts.append(trajectory(run, episode, rows, label))
+    return out + (grid(*films, wide=True) if films else "") + (grid(*charts) if charts else "")
+
+
+def trajectory(run: Run, episode: Episode, rows: int, label: str) -> str:
+    name, samples = run.vectors[0], 16 if run.images else 60  # to decode a sample is to draw its image too
+    replay = measure.replay(run, episode, rows, samples)
+    flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
+    dreams = flat.reshape(rows, samples, -1)
+    truth = np.asarray(episode.obs[name][:rows])
+    dims = varying(truth)[:DIMS] or [0]
+    end = rows - 1 if episode.is_terminal[-1] and rows == len(episode) else None
+    return plots.trajectories(
+        label, truth[:, dims], dreams[:, :, dims], replay.alive, end, [f"{name}[{d}]" for d in dims]
+    )
+
+
+def film(run: Run, episode: Episode, rows: int, label: str) -> str:
+    name = run.images[0]
+    replay = measure.replay(run, episode, rows, 1)
+    at = np.unique(np.minimum(np.array([0, 1, 2, 4, 7, 11, 16, 24, 35, 50, 75, 110, 160]), rows - 1))
+    real = {k: np.asarray(v[:rows])[at] for k, v in episode.obs.items()}
+    kept = measure.decode(run.model, measure.encode(run.model, real)["z_mean"])[name]
+    dreamt = measure.decode(run.model, replay.z[torch.from_numpy(at), 0])[name]
+    image = plots.strip([real[name], kept, dreamt])
+    steps = ", ".join(str(a) for a in at)
+    caption = f"{label}. Rows: reality, its reconstruction, the dream. Steps {steps}. Alive in the dream at the last: {replay.alive[at[-1], 0]:.0%}."
+    return f"{picture(image, label)}<figcaption>{html.escape(caption)}</figcaption>"
+
+
+def videos(run: Run) -> str:
+    folder = run.path / "videos"
+    if run.images and run.model is not None and run.held_out:
+        paths = write_videos(run)
+    else:
+        paths = sorted(folder.glob("*.mp4")) if folder.is_dir() else []
+    if not paths:
+        if run.images:
+            return needs_model(run)
+        return missing(
+            f"None made: the observations are vectors. `raywm dream {run.path} --video` draws them over time."
+        )
+    captions = {
+        "dream_vs_real": "A real episode, what V keeps of it, and the dream from the same start under the same actions.",
+        "dream": "The controller acting in its own dream.",
+    }
+    figures = []
+    for path in paths:
+        data = path.read_bytes()
+        small = len(data) < EMBED_BYTES
+        source = "data:video/mp4;base64," + base64.b64encode(data).decode() if small else f"videos/{path.name}"
+        caption = captions.get(path.stem, path.stem) if run.images else "Reality over dreams from the same start."
+        figures.append(
+            f'<video controls loop muted playsinline src="{source}"></video><figcaption>{html.escape(caption)} '
+            f'<a href="videos/{path.name}">videos/{path.name}</a></figcaption>'
+        )
+    return say(
+        "The dream never sees the episode after its first frame; it should move like reality, and end when it ends."
+    ) + grid(*figures, wide=True)
+
+
+def settings(run: Run) -> str:
+    text = configs.dumps(run.config)
+    return f"<details><summary>config.yaml, as it ran</summary><pre><code>{html.escape(text)}</code></pre></details>"
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+<style>
+:root { --ink:#1c1f24; --muted:#5f6773; --grid:#e3e6ea; --surface:#ffffff; --page:#f4f5f7; --line:#dde1e6;
+  --real:#0f8a6c; --dream:#d3691c; --train:#9aa3af; --other:#4667c9; --warn:#8a5a00; --warnbg:#fff6e0; }
+@media (prefers-color-scheme: dark) { :root { --ink:#e8eaee; --muted:#a2abb8; --grid:#2c3239; --surface:#191d22;
+  --page:#111418; --line:#2c3239; --real:#45c9a3; --dream:#f2955a; --train:#7c8694; --other:#8aa4f5; --warn:#f0c674;
+  --warnbg:#2a2415; } }
+* { box-sizing:border-box }
+body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+main { max-width:1120px; margin:0 auto; padding:24px 16px 64px }
+header, section { background:var(--surface); border:1px solid var(--line); border-radius:12px; padding:20px; margin:0 0 20px }
+h1 { font-size:1.7rem; line-height:1.2; margin:.1em 0 .4em; overflow-wrap:anywhere } h1 small { color:var(--muted); font-weight:400; font-size:1rem }
+h2 { font-size:1.15rem; margin:.2em 0 .5em } header h2 { margin-top:1.2em }
+p { margin:.4em 0; max-width:75ch } .kicker, .how, figcaption, .key { color:var(--muted) } .kicker { margin:0; font-size:.85rem }
+.how { margin-bottom:1em } figcaption { font-size:.85rem; margin-top:.4em; overflow-wrap:anywhere }
+.missing { color:var(--warn); background:var(--warnbg); border-radius:8px; padding:8px 12px; overflow-wrap:anywhere }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:10px; margin:1em 0 }
+.tile { border:1px solid var(--line); border-radius:10px; padding:10px 12px; display:flex; flex-direction:column }
+.tile span { color:var(--muted); font-size:.85rem } .tile b { font-size:1.35rem; line-height:1.3; font-variant-numeric:tabular-nums }
+.tile small { color:var(--muted); font-size:.75rem; line-height:1.3 } .tile.real b { color:var(--real) } .tile.dream b { color:var(--dream) }
+.grid { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:16px; align-items:start; margin:.6em 0 }
+.grid.wide { grid-template-columns:1fr }
+figure { margin:0; min-width:0 } svg { width:100%; height:auto; display:block } .grid:not(.wide) svg { max-width:520px }
+svg text { font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+img { width:100%; height:auto; image-rendering:pixelated; display:block } video { width:100%; max-width:900px; border-radius:8px; background:#000 }
+pre { background:var(--page); border:1px solid var(--line); border-radius:8px; padding:10px 12px; overflow-x:auto; font-size:.85rem }
+.scroll { overflow-x:auto } table { border-collapse:collapse; font-size:.85rem; font-variant-numeric:tabular-nums; width:100% }
+th, td { text-align:right; padding:4px 8px; border-bottom:1px solid var(--line) } th { color:var(--muted); font-weight:500 }
+a { color:var(--other) } summary { cursor:pointer }
+.key i { display:inline-block; width:.8em; height:.8em; border-radius:50%; margin:0 .2em 0 .8em } .key i:first-child { margin-left:0 }
+.key .real { background:var(--real) } .key .dream { background:var(--dream) }
+@media (max-width:560px) { main { padding:8px 6px 40px } header, section { padding:14px 12px; border-radius:10px } h1 { font-size:1.35rem }
+  .tiles { grid-template-columns:1fr 1fr } .grid.wide > figure { overflow-x:auto } .grid.wide > figure > svg { min-width:620px }
+  .grid.wide > figure > img { min-width:620px } }
+</style></head>
+<body><main>
+{body}
+</main></body></html>
+"""

@@ -125,6 +125,7 @@ class VM(WorldModel):
     target_scale: Tensor
     reward_mean: Tensor
     reward_scale: Tensor
+    reward_range: Tensor
 
     def __init__(
         self,

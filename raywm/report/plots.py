@@ -194,7 +194,7 @@ def gaps(calibration: dict[int, float], controller: dict[int, float]) -> str:
     ax.axhline(0, color=MUTED, linewidth=1.2)
     for values, color, label in (
         (controller, DREAM, "controller gap"),
-        (calibration, OTHER, "calibration gap (random policy)"),
+        (calibration, OTHER, "calibration gap (first policy)"),
     ):
         turns = sorted(values)
         ax.plot(turns, [values[t] for t in turns], color=color, marker="o", label=label)

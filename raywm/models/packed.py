@@ -84,7 +84,7 @@ class PackedVM:
         self.outcome = matrix(torch.block_diag(m.reward[2].weight, m.end[2].weight))
         self.reward_mean = vm.reward_mean + m.reward[2].bias * vm.reward_scale
         self.end_shift = vm.end_shift - m.end[2].bias
-        self.reward_scale = vm.reward_scale.clone()
+        self.reward_scale, self.reward_range = vm.reward_scale.clone(), vm.reward_range.tolist()
         self.target_mean, self.target_scale = vm.target_mean.clone(), vm.target_scale.clone()
 
     def features(self, state: State) -> Tensor:
@@ -109,7 +109,7 @@ class PackedVM:
         b.after.copy_(z)
         hidden = F.silu(b.row @ self.arrival, inplace=True)
         reward, end = (hidden @ self.outcome).float().unbind(1)
-        reward = torch.addcmul(self.reward_mean, reward, self.reward_scale)
+        reward = torch.addcmul(self.reward_mean, reward, self.reward_scale).clamp_(*self.reward_range)
         return Step({"z": z, "h": h, "c": c, "zh": zh}, reward, torch.sigmoid(self.end_shift - end))
 
     def _tick(self, b: _Buffers, c: Tensor, h: Tensor) -> Tensor:

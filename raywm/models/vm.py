@@ -226,9 +226,8 @@ class VM(WorldModel):
                 getattr(self, f"{prefix}_mean").copy_(statistics[name]["mean"])
                 getattr(self, f"{prefix}_scale").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
         if "reward" in statistics:
-            # a dream may promise a spread more than was ever received, not whatever the head extrapolates to
-            reward = statistics["reward"]
-            self.reward_range.copy_(torch.stack([reward["min"] - reward["std"], reward["max"] + reward["std"]]))
+            # a dream may promise what was received, not whatever the head extrapolates to: controllers go and find it
+            self.reward_range.copy_(torch.stack([statistics["reward"]["min"], statistics["reward"]["max"]]))
 
     # ------------------------------------------------------------------------------------------------ losses
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raywm.agent import Agent
 from raywm.models.base import State, WorldModel
 from raywm.spaces import ActionCodec
 
@@ -70,7 +71,7 @@ class PopulationPolicy:
         return self.codec.squash(self.scores(features))
 
 
-class ControllerAgent:
+class ControllerAgent(Agent):
     """V, M and C acting in an environment: the posterior follows the observations, C reads its features.
 
     Acts without randomness: z is the posterior's mean. Its state carries the model's and the last action.

@@ -127,10 +127,10 @@ def header(run: Run) -> str:
             figures["real_note"],
             "real",
         ),
-        ("random policy", number(figures["random"]), "the same environment, random actions", ""),
+        ("random policy", number(figures["random"]), f"the same environment, {run.config.collect.policy} actions", ""),
         ("dream return", number(figures["dream"]), "the same controller in its dream", "dream"),
         ("dream gap", signed(figures["gap"]), "dream return − real return", ""),
-        ("calibration gap", signed(figures["calibration"]), "the same for the random policy", ""),
+        ("calibration gap", signed(figures["calibration"]), "the same for the first policy", ""),
         ("real steps", number(figures["steps"]), "that trained or decided anything", ""),
         ("dream steps", number(figures["dream_steps"]), "imagined", ""),
         (
@@ -171,6 +171,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "real": summary.get("real_return_mean"),
         "real_std": summary.get("real_return_std"),
         "real_note": f"mean ± spread over {summary.get('real_return_episodes', 0)} new episodes",
+        "real_episodes": summary.get("real_return_episodes"),
         "random": summary.get("random_return_mean"),
         "dream": summary.get("dream_return_mean"),
         "gap": summary.get("dream_gap"),
@@ -185,6 +186,7 @@ def outcome(run: Run) -> dict[str, Any]:
             figures |= {"real": best["return_mean"], "real_std": best["return_std"], "gap": best.get("dream_gap")}
             figures["dream"] = None if best.get("dream_gap") is None else best["return_mean"] + best["dream_gap"]
             figures["real_note"] = f"best trial so far, {best['episodes']} episodes"
+            figures["real_episodes"] = best["episodes"]
         else:
             figures["real_note"] = "no trial yet"
         if collected:
@@ -209,15 +211,16 @@ def clock(seconds: float | None) -> str:
 
 def trust(run: Run, figures: dict[str, Any]) -> list[str]:
     """Both gaps in plain words. A gap is held against how far returns spread or how large they are."""
-    lines = []
+    lines = [result(run, figures)]
     calibration, random = figures["calibration"], figures["random"]
+    first = f"the first policy ({run.config.collect.policy})"
     if calibration is None or random is None:
         lines.append("Calibration: not measured yet; it needs a fitted model.")
     else:
         dreamt = random + calibration
         scale = max(abs(random), figures["random_std"] or 0.0, 1e-9)
         lines.append(
-            f"Calibration: the first, random policy gets {number(dreamt)} in the dream and "
+            f"Calibration: {first} gets {number(dreamt)} in the dream and "
             f"{number(random)} in reality. " + words(calibration / scale, "On what it was fitted to, the dream", "")
         )
     real, dream, gap = figures["real"], figures["dream"], figures["gap"]
@@ -244,6 +247,23 @@ def trust(run: Run, figures: dict[str, Any]) -> list[str]:
             f"Dreams last at most {run.config.dream.horizon} steps (dream.horizon); longer real episodes widen the gap."
         )
     return lines
+
+
+def result(run: Run, figures: dict[str, Any]) -> str:
+    """The controller against the policy that collected first, with their standard errors."""
+    real, random, collected = figures["real"], figures["random"], run.kind("collect")
+    if real is None or random is None or not collected:
+        return "Result: none yet; the controller has not been tried in reality."
+    error = math.hypot(
+        (figures["real_std"] or 0.0) / math.sqrt(max(figures["real_episodes"] or 1, 1)),
+        collected[0]["return_std"] / math.sqrt(collected[0]["episodes"]),
+    )
+    distance = real - random
+    verdict = "no clear difference" if abs(distance) <= 2 * error else "better" if distance > 0 else "worse"
+    return (
+        f"Result: the controller gets {number(real)} in reality, the first policy ({run.config.collect.policy}) "
+        f"{number(random)}: {verdict} (difference {signed(distance)}, standard error {number(error)})."
+    )
 
 
 def words(share: float, who: str, cheat: str) -> str:
@@ -456,7 +476,8 @@ def mixtures(run: Run) -> str:
     some = sorted(run.held_out, key=lambda e: e.id)[:24]
     overall = measure.predictions(run, some, min(300, max(len(e) for e in some)), 100, 1500, "overall")
     # a dimension whose mean hardly moves holds nothing but the posterior's noise
-    spread = np.concatenate([measure.encode(run.model, e.obs)["z_mean"].numpy() for e in [episode, *some[:8]]]).std(0)
+    seen = measure.gather(measure.spread_rows(run.held_out, 512, run.rng("spread")))
+    spread = measure.encode(run.model, seen)["z_mean"].numpy().std(0)
     dims = sorted(np.argsort(-spread, kind="stable")[:DIMS].tolist())
     used = spread > 0.1 * spread.max()
     names = [f"z[{d}]" for d in dims]

@@ -169,13 +169,13 @@ def dream(
 
         with Console(stream=sys.stderr).progress("dreaming"):
             if video:
-                from raywm.report import dream_video  # type: ignore[attr-defined]
+                from raywm.report import dream_video
 
                 result: dict[str, Any] = {"video": str(dream_video(run))}
             else:
-                from raywm.evaluate import evaluate_dream
+                from raywm.report import dream_summary
 
-                result = evaluate_dream(run, config.seed if seed is None else seed, episodes)
+                result = dream_summary(run, episodes, config.seed if seed is None else seed)
         _print_result(result, as_json)
 
 

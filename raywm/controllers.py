@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raywm.agent import Agent
 from raywm.models.base import State, WorldModel
 from raywm.spaces import ActionCodec
 
@@ -37,16 +38,18 @@ class Controller:
         return theta
 
     def layers(self, theta: Tensor) -> list[Tensor]:
-        """(P, D) flat parameters -> weights (P, a, b) and biases (P, 1, b) in turn."""
+        """(P, D) flat parameters -> weights (P, b, a) and biases (P, b, 1) in turn."""
         parts = theta.split([a * b for a, b in self.shapes], 1)
-        return [part.unflatten(1, shape).contiguous() for part, shape in zip(parts, self.shapes, strict=True)]
+        return [p.unflatten(1, s).transpose(1, 2).contiguous() for p, s in zip(parts, self.shapes, strict=True)]
 
     def forward(self, layers: Sequence[Tensor], features: Tensor) -> Tensor:
-        """Layers of P controllers and (P, E, F) features -> (P, E, A) unbounded scores."""
-        out = torch.baddbmm(layers[1], features, layers[0])
+        """Layers of P controllers and (P, E, F) features -> (P, E, A) unbounded scores.
+
+        Products are (b, a) @ (a, E): with few actions that is three times as fast as (E, a) @ (a, b)."""
+        out = torch.bmm(layers[0], features.transpose(1, 2)) + layers[1]
         for weight, bias in zip(layers[2::2], layers[3::2], strict=True):
-            out = torch.baddbmm(bias, torch.tanh(out), weight)
-        return out
+            out = torch.bmm(weight, torch.tanh(out)) + bias
+        return out.transpose(1, 2)
 
     def scores(self, theta: Tensor, features: Tensor) -> Tensor:
         """(P, D) parameters and (P, E, F) features -> (P, E, A) unbounded scores."""
@@ -58,7 +61,7 @@ class PopulationPolicy:
 
     def __init__(self, controller: Controller, codec: ActionCodec, theta: Tensor):
         self.controller, self.codec = controller, codec
-        self.layers = controller.layers(theta)  # once: a product with a slice of theta is three times slower
+        self.layers = controller.layers(theta)  # once, not every step
 
     def scores(self, features: Tensor) -> Tensor:
         per = features.unflatten(0, (len(self.layers[0]), -1))  # (P*E, F) -> (P, E, F)
@@ -68,7 +71,7 @@ class PopulationPolicy:
         return self.codec.squash(self.scores(features))
 
 
-class ControllerAgent:
+class ControllerAgent(Agent):
     """V, M and C acting in an environment: the posterior follows the observations, C reads its features.
 
     Acts without randomness: z is the posterior's mean. Its state carries the model's and the last action.

@@ -32,9 +32,10 @@ class World:
         self.module("raywm.loops.vmc", train=self.loop("train"), collect=self.loop("collect"))
         self.module("raywm.loops.executor", InProcess=lambda *a: self.executor("in-process", *a))
         self.module("raywm.runtime.executor", RayExecutor=lambda *a: self.executor("ray", *a))
-        self.module("raywm.report", write_report=self.write_report, dream_video=self.dream_video)
+        report = {"write_report": self.write_report, "dream_video": self.dream_video}
+        self.module("raywm.report", dream_summary=self.dream_summary, **report)
         self.module("raywm.agent", load_agent=lambda run: types.SimpleNamespace(agent=f"agent of {run}"))
-        self.module("raywm.evaluate", evaluate=self.evaluate, evaluate_dream=self.evaluate_dream)
+        self.module("raywm.evaluate", evaluate=self.evaluate)
         self.module("raywm.loops.parts", Parts=lambda config: None)
         self.module("raywm.bench.dream", main=lambda **options: self.calls.append(("bench", options)))
 
@@ -78,7 +79,7 @@ class World:
         progress(episodes)
         return {"return_mean": float("nan"), "episodes": episodes}
 
-    def evaluate_dream(self, run, seed, episodes):
+    def dream_summary(self, run, episodes, seed):
         return {"dream_return_mean": 7.0}
 
 

@@ -69,7 +69,6 @@ class VMC:
 
     def run(self) -> dict[str, Any]:
         """Go through the phases that are left; returns what `summary.json` holds."""
-        checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         self.restore()
         state, summary = self.state, self.out / "summary.json"
         if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
@@ -364,6 +363,7 @@ class VMC:
 
     def restore(self) -> None:
         """Go back to the last checkpoint, if there is one, and drop what was logged after it."""
+        checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         if checkpoint.latest(self.out / "checkpoints") is None:
             self.log.truncate(0)
             return

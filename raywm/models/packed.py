@@ -18,7 +18,7 @@ and a residual z would lose its small changes); the precision is that of the mat
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,11 @@ class PackedVM:
 
     def _pack(self) -> None:
         """The VM's weights as matrices (in, out) over columns [z, h, a, 1, z'], or over a hidden layer."""
-        vm, m, lstm = self.model, self.model.memory, self.model.memory.lstm
+        vm, m = self.model, self.model.memory
+        lstm: Any = m.lstm
+        mixture, reward, end = (
+            [layer for layer in net if isinstance(layer, nn.Linear)] for net in (m.mixture, m.reward, m.end)
+        )
         z, h, a, k = self.latent, self.hidden, self.act_dim, self.mixtures
 
         def matrix(weight: Tensor) -> Tensor:
@@ -74,17 +78,17 @@ class PackedVM:
         bias = (lstm.bias_ih_l0 + lstm.bias_hh_l0).unsqueeze(1)
         i, f, g, o = torch.cat([of_z, lstm.weight_hh_l0, of_a, bias], 1).chunk(4)
         self.gates, self.update = matrix(torch.cat([i, f, o])), matrix(g)
-        self.mixture = matrix(head(m.mixture[0]))
-        logits, mean, logstd = m.mixture[2].weight.split(m.head_sizes)
-        logits_bias, mean_bias, logstd_bias = m.mixture[2].bias.split(m.head_sizes)
+        self.mixture = matrix(head(mixture[0]))
+        logits, mean, logstd = mixture[1].weight.split(m.head_sizes)
+        logits_bias, mean_bias, logstd_bias = mixture[1].bias.split(m.head_sizes)
         self.logits, self.logits_bias = matrix(logits), logits_bias.clone()
         self.normals = matrix(torch.stack([components(mean), components(logstd)], 2).flatten(0, 3))
         self.normals_bias = torch.stack([components(mean_bias), components(logstd_bias)], 2).flatten(0, 1).flatten(1)
-        self.arrival = matrix(torch.cat([head(m.reward[0]), head(m.end[0])]))
-        self.outcome = matrix(torch.block_diag(m.reward[2].weight, m.end[2].weight))
-        self.reward_mean = vm.reward_mean + m.reward[2].bias * vm.reward_scale
-        self.end_shift = vm.end_shift - m.end[2].bias
-        self.reward_scale = vm.reward_scale.clone()
+        self.arrival = matrix(torch.cat([head(reward[0]), head(end[0])]))
+        self.outcome = matrix(torch.block_diag(reward[1].weight, end[1].weight))
+        self.reward_mean = vm.reward_mean + reward[1].bias * vm.reward_scale
+        self.end_shift = vm.end_shift - end[1].bias
+        self.reward_scale, self.reward_range = vm.reward_scale.clone(), vm.reward_range.clone()
         self.target_mean, self.target_scale = vm.target_mean.clone(), vm.target_scale.clone()
 
     def features(self, state: State) -> Tensor:
@@ -109,7 +113,7 @@ class PackedVM:
         b.after.copy_(z)
         hidden = F.silu(b.row @ self.arrival, inplace=True)
         reward, end = (hidden @ self.outcome).float().unbind(1)
-        reward = torch.addcmul(self.reward_mean, reward, self.reward_scale)
+        reward = torch.addcmul(self.reward_mean, reward, self.reward_scale).clamp_(*self.reward_range)
         return Step({"z": z, "h": h, "c": c, "zh": zh}, reward, torch.sigmoid(self.end_shift - end))
 
     def _tick(self, b: _Buffers, c: Tensor, h: Tensor) -> Tensor:

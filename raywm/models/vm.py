@@ -121,6 +121,12 @@ class VM(WorldModel):
         features: what a controller sees: "zh", "zhc" or "z".
     """
 
+    target_mean: Tensor
+    target_scale: Tensor
+    reward_mean: Tensor
+    reward_scale: Tensor
+    reward_range: Tensor
+
     def __init__(
         self,
         columns: dict[str, tuple[tuple[int, ...], bool]],

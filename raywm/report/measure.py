@@ -91,7 +91,7 @@ class Predictions:
 
 @torch.inference_mode()
 def predictions(run: Run, episodes: Sequence[Episode], rows: int, samples: int, most: int, *path: Any) -> Predictions:
-    """M's one-step predictions along real episodes, at temperature 1; at most `most` steps, in order of (row, episode)."""
+    """M's one-step predictions along real episodes, at temperature 1; at most `most` steps, in order of their rows."""
     model, rng = run.model, torch.Generator().manual_seed(run.seed("predictions", *path))
     states, exists = posteriors(run, episodes, rows, rng)
     steps, batch = np.nonzero(exists[1:])  # step t leads from row t to row t + 1

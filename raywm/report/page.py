@@ -8,6 +8,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def write_report(run: str | Path) -> Path:
     for title, draw in sections:
         body.append(f"<section><h2>{title}</h2>{_drawn(draw, of)}</section>")
     title = f"{of.config.env.id}, seed {of.config.seed}"
-    page = PAGE.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))
+    template = resources.files("raywm.report").joinpath("page.html").read_text()
+    page = template.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))
     path = of.path / "report.html"
     atomic_write_text(path, page)
     return path
@@ -125,10 +127,10 @@ def header(run: Run) -> str:
             figures["real_note"],
             "real",
         ),
-        ("random policy", number(figures["random"]), "the same environment, random actions", ""),
+        ("random policy", number(figures["random"]), f"the same environment, {run.config.collect.policy} actions", ""),
         ("dream return", number(figures["dream"]), "the same controller in its dream", "dream"),
         ("dream gap", signed(figures["gap"]), "dream return − real return", ""),
-        ("calibration gap", signed(figures["calibration"]), "the same for the random policy", ""),
+        ("calibration gap", signed(figures["calibration"]), "the same for the first policy", ""),
         ("real steps", number(figures["steps"]), "that trained or decided anything", ""),
         ("dream steps", number(figures["dream_steps"]), "imagined", ""),
         (
@@ -139,7 +141,8 @@ def header(run: Run) -> str:
         ),
     ]
     cells = "".join(
-        f'<div class="tile {kind}"><span>{name}</span><b>{html.escape(value)}</b><small>{html.escape(note)}</small></div>'
+        f'<div class="tile {kind}"><span>{name}</span><b>{html.escape(value)}</b>'
+        f"<small>{html.escape(note)}</small></div>"
         for name, value, note, kind in tiles
     )
     again = shlex.join(["raywm", "train", str(run.path / "config.yaml"), "--out", f"{run.path}-again"])
@@ -168,6 +171,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "real": summary.get("real_return_mean"),
         "real_std": summary.get("real_return_std"),
         "real_note": f"mean ± spread over {summary.get('real_return_episodes', 0)} new episodes",
+        "real_episodes": summary.get("real_return_episodes"),
         "random": summary.get("random_return_mean"),
         "dream": summary.get("dream_return_mean"),
         "gap": summary.get("dream_gap"),
@@ -182,6 +186,7 @@ def outcome(run: Run) -> dict[str, Any]:
             figures |= {"real": best["return_mean"], "real_std": best["return_std"], "gap": best.get("dream_gap")}
             figures["dream"] = None if best.get("dream_gap") is None else best["return_mean"] + best["dream_gap"]
             figures["real_note"] = f"best trial so far, {best['episodes']} episodes"
+            figures["real_episodes"] = best["episodes"]
         else:
             figures["real_note"] = "no trial yet"
         if collected:
@@ -206,16 +211,17 @@ def clock(seconds: float | None) -> str:
 
 def trust(run: Run, figures: dict[str, Any]) -> list[str]:
     """Both gaps in plain words. A gap is held against how far returns spread or how large they are."""
-    lines = []
+    lines = [result(run, figures)]
     calibration, random = figures["calibration"], figures["random"]
+    first = f"the first policy ({run.config.collect.policy})"
     if calibration is None or random is None:
         lines.append("Calibration: not measured yet; it needs a fitted model.")
     else:
         dreamt = random + calibration
         scale = max(abs(random), figures["random_std"] or 0.0, 1e-9)
         lines.append(
-            f"Calibration: the first, random policy gets {number(dreamt)} in the dream and {number(random)} in reality. "
-            + words(calibration / scale, "On what it was fitted to, the dream", "")
+            f"Calibration: {first} gets {number(dreamt)} in the dream and "
+            f"{number(random)} in reality. " + words(calibration / scale, "On what it was fitted to, the dream", "")
         )
     real, dream, gap = figures["real"], figures["dream"], figures["gap"]
     if gap is None or dream is None or real is None:
@@ -241,6 +247,23 @@ def trust(run: Run, figures: dict[str, Any]) -> list[str]:
             f"Dreams last at most {run.config.dream.horizon} steps (dream.horizon); longer real episodes widen the gap."
         )
     return lines
+
+
+def result(run: Run, figures: dict[str, Any]) -> str:
+    """The controller against the policy that collected first, with their standard errors."""
+    real, random, collected = figures["real"], figures["random"], run.kind("collect")
+    if real is None or random is None or not collected:
+        return "Result: none yet; the controller has not been tried in reality."
+    error = math.hypot(
+        (figures["real_std"] or 0.0) / math.sqrt(max(figures["real_episodes"] or 1, 1)),
+        collected[0]["return_std"] / math.sqrt(collected[0]["episodes"]),
+    )
+    distance = real - random
+    verdict = "no clear difference" if abs(distance) <= 2 * error else "better" if distance > 0 else "worse"
+    return (
+        f"Result: the controller gets {number(real)} in reality, the first policy ({run.config.collect.policy}) "
+        f"{number(random)}: {verdict} (difference {signed(distance)}, standard error {number(error)})."
+    )
 
 
 def words(share: float, who: str, cheat: str) -> str:
@@ -294,7 +317,8 @@ def turns_table(run: Run) -> str:
         f"<td>{signed(c.get('gap'))}</td><td>{signed(c.get('calibration'))}</td></tr>"
         for turn, c in sorted(by.items())
     )
-    head = "<tr><th>turn</th><th>real steps</th><th>real trial</th><th>dream</th><th>dream gap</th><th>calibration gap</th></tr>"
+    names = ("turn", "real steps", "real trial", "dream", "dream gap", "calibration gap")
+    head = f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"
     return f'<div class="scroll"><table>{head}{lines}</table></div>'
 
 
@@ -316,57 +340,45 @@ def training(run: Run) -> str:
     rows = run.kind("fit")
     if not rows:
         return missing("Not there yet: nothing has been fitted.")
-    charts = []
-    for phase, letter in (("vision", "V"), ("memory", "M")):
-        of = [row for row in rows if row["phase"] == phase]
-        if not of:
-            continue
-        x, marks = cumulative(of)
-
-        def chart(title: str, y: str, *columns: tuple[str, str, str], root: bool = False) -> None:
-            series = []
-            for column, label, color in columns:
-                values = plots.clean(row.get(column) for row in of)  # noqa: B023
-                if np.isfinite(values).any():
-                    values = np.sqrt(values) if root else values
-                    marker = "o" if len(values) < 3 else None
-                    series.append(
-                        {"x": x, "y": values, "color": color, "label": label, "marker": marker, "markersize": 4}
-                    )  # noqa: B023
-            if series:
-                charts.append(
-                    plots.lines(title, "gradient steps", y if len(series) > 1 else f"{y}, held-out", series, marks)
-                )  # noqa: B023
-
-        both = (("train_loss", "one training batch", plots.TRAIN), ("loss", "held-out episodes", plots.DREAM))
-        chart(f"{letter}'s loss", "loss", *both)
-        if phase == "vision":
-            for column in run.learned:
-                chart(
-                    f"Reconstruction error of {column}",
-                    "root mean square error",
-                    (f"{column}_mse", "held-out", plots.DREAM),
-                    root=True,
-                )
-                chart(f"Information in z from {column}", "KL, nats a frame", (f"{column}_kl", "held-out", plots.DREAM))
-        else:
-            chart("Surprise about the next z", "nats a latent dimension", ("nll", "held-out", plots.DREAM))
-            chart("Reward error", "root mean square error", ("reward_mse", "held-out", plots.DREAM), root=True)
-            ends = (
-                ("terminal_recall", "recall: ends foreseen", plots.REAL),
-                ("terminal_precision", "precision: warnings that were right", plots.OTHER),
-            )
-            chart("Ends of episodes", "share", *ends)
+    vision, memory = ([row for row in rows if row["phase"] == phase] for phase in ("vision", "memory"))
+    both = (("train_loss", "one training batch", plots.TRAIN), ("loss", "held-out episodes", plots.DREAM))
+    charts = [curves(vision, "V's loss", "loss", *both)]
+    for name in run.learned:
+        mse, kl = (f"{name}_mse", "", plots.DREAM), (f"{name}_kl", "", plots.DREAM)
+        charts.append(curves(vision, f"V's reconstruction error, {name}", "root mean square, held-out", mse, root=True))
+        charts.append(curves(vision, f"What z says of the {name}", "KL in nats a frame, held-out", kl))
+    ends = (("terminal_recall", "recall", plots.REAL), ("terminal_precision", "precision", plots.OTHER))
+    mse, nll = ("reward_mse", "", plots.DREAM), ("nll", "", plots.DREAM)
+    charts += [
+        curves(memory, "M's loss", "loss", *both),
+        curves(memory, "M's surprise about the next z", "nats a latent dimension, held-out", nll),
+        curves(memory, "M's reward error", "root mean square, held-out", mse, root=True),
+        curves(memory, "Ends of episodes that M foresees", "share, held-out", *ends),
+    ]
     out = say(
-        "Lower is better, but for recall and precision (1 is perfect). Held-out curves that rise while training falls mean "
-        "overfitting; the fit keeps the best held-out weights. Thin vertical lines separate turns."
+        "Lower is better, but for recall (ends foreseen) and precision (warnings that were right), where 1 is perfect. "
+        "Held-out curves that rise while training falls mean overfitting; the fit keeps the best held-out weights. "
+        "Vertical lines separate turns."
     )
     out += grid(*charts)
     if not any(row.get("terminal_recall") is not None for row in rows):
-        out += missing(
-            "No held-out episode was ended by the environment itself, so there is no terminal recall to show."
-        )
+        out += missing("No held-out episode was ended by the environment itself: there is no terminal recall to show.")
     return out
+
+
+def curves(rows: list[dict[str, Any]], title: str, y: str, *columns: tuple[str, str, str], root: bool = False) -> str:
+    """A chart of logged columns (name, label, colour) over the gradient steps of all turns; "" if none was logged."""
+    series = []
+    for column, label, color in columns:
+        values = plots.clean(row.get(column) for row in rows)
+        if np.isfinite(values).any():
+            marker = "o" if len(values) < 3 else None
+            values = np.sqrt(values) if root else values
+            series.append({"y": values, "color": color, "label": label, "marker": marker, "markersize": 4})
+    if not series:
+        return ""
+    x, marks = cumulative(rows)
+    return plots.lines(title, "gradient steps", y, [{"x": x, **s} for s in series], marks)
 
 
 def cumulative(rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[float]]:
@@ -388,9 +400,7 @@ def reconstructions(run: Run) -> str:
     if why := needs_model(run):
         return why
     if not run.learned:
-        return say(
-            "Vision is “identity”: observations are only standardised, so z keeps everything and there is nothing to lose."
-        )
+        return say("Vision is “identity”: observations are only standardised, so z keeps everything.")
     out = say(
         "Above what was seen, below what is left of it after V: whatever is missing below, the controller cannot know."
     )
@@ -436,8 +446,8 @@ def latents(run: Run) -> str:
     )
     limit = np.nanquantile(to_end, 0.9) if np.isfinite(to_end).any() else np.nan
     out = say(
-        "Each dot is one observation in z's two widest directions. Colours that lie in order mean that z holds what the "
-        "controller needs; grey dots belong to episodes that no termination ended."
+        "Each dot is one observation in z's two widest directions. Colours that lie in order mean that z holds what "
+        "the controller needs; grey dots belong to episodes that no termination ended."
     )
     charts = [plots.scatter("By reward still to come", points, to_go, shares, "return to go")]
     if np.isfinite(limit):
@@ -466,14 +476,15 @@ def mixtures(run: Run) -> str:
     some = sorted(run.held_out, key=lambda e: e.id)[:24]
     overall = measure.predictions(run, some, min(300, max(len(e) for e in some)), 100, 1500, "overall")
     # a dimension whose mean hardly moves holds nothing but the posterior's noise
-    spread = np.concatenate([measure.encode(run.model, e.obs)["z_mean"].numpy() for e in [episode, *some[:8]]]).std(0)
+    seen = measure.gather(measure.spread_rows(run.held_out, 512, run.rng("spread")))
+    spread = measure.encode(run.model, seen)["z_mean"].numpy().std(0)
     dims = sorted(np.argsort(-spread, kind="stable")[:DIMS].tolist())
     used = spread > 0.1 * spread.max()
     names = [f"z[{d}]" for d in dims]
     out = say(
-        "At each step of a held-out episode M says what it expects one step later (bands, at temperature 1), then reality "
-        "comes (line). A calibrated M has about 90 % of reality inside the wide band, and a flat histogram: a hill means "
-        "that it is too unsure, a valley with high ends that it is too sure, a slope that it is biased."
+        "At each step of a held-out episode M says what it expects one step later (bands, at temperature 1), then "
+        "reality comes (line). A calibrated M has about 90 % of reality inside the wide band, and a flat histogram: a "
+        "hill means that it is too unsure, a valley with high ends that it is too sure, a slope that it is biased."
     )
     out += grid(
         plots.forecast("Expected and real z, one step ahead", along.samples[:, :, dims], along.truth[:, dims], names),
@@ -495,10 +506,8 @@ def mixtures(run: Run) -> str:
             )
         )
     out += grid(*charts)
-    return (
-        out
-        + f"<p>{inside:.0%} of what happened lay inside the predicted 90 % ({len(overall.truth):,} held-out steps, the {used.sum()} dimensions of z that hold something).</p>"
-    )
+    over = f"{len(overall.truth):,} held-out steps, the {used.sum()} dimensions of z that hold something"
+    return out + f"<p>{inside:.0%} of what happened lay inside the predicted 90 % ({over}).</p>"
 
 
 def trajectories(run: Run) -> str:
@@ -507,8 +516,9 @@ def trajectories(run: Run) -> str:
     ordered = sorted(run.held_out, key=lambda e: (is_trial(e), len(e)))
     chosen = {e.id: e for e in (ordered[-1], ordered[len(ordered) // 2], ordered[0])}
     out = say(
-        "Dreams begin where a held-out episode began and take the actions it took; they never see it again. Where reality "
-        f"leaves the band of dreams, they are wrong. Temperature {run.config.dream.temperature:g}, as the controller's dreams have."
+        "Dreams begin where a held-out episode began and take the actions it took; they never see it again. Where "
+        f"reality leaves the band of dreams, they are wrong. Temperature {run.config.dream.temperature:g}, "
+        "as the controller's dreams have."
     )
     charts, films = [], []
     for episode in chosen.values():
@@ -548,7 +558,8 @@ def film(run: Run, episode: Episode, rows: int, label: str) -> str:
     dreamt = measure.decode(run.model, replay.z[torch.from_numpy(at), 0])[name]
     image = plots.strip([real[name], kept, dreamt])
     steps = ", ".join(str(a) for a in at)
-    caption = f"{label}. Rows: reality, its reconstruction, the dream. Steps {steps}. Alive in the dream at the last: {replay.alive[at[-1], 0]:.0%}."
+    alive = f"{replay.alive[at[-1], 0]:.0%}"
+    caption = f"{label}. Rows: reality, its reconstruction, the dream. Steps {steps}. Alive in the dream then: {alive}."
     return f"{picture(image, label)}<figcaption>{html.escape(caption)}</figcaption>"
 
 
@@ -565,7 +576,7 @@ def videos(run: Run) -> str:
             f"None made: the observations are vectors. `raywm dream {run.path} --video` draws them over time."
         )
     captions = {
-        "dream_vs_real": "A real episode, what V keeps of it, and the dream from the same start under the same actions.",
+        "dream_vs_real": "Reality, what V keeps of it, and the dream from the same start under the same actions.",
         "dream": "The controller acting in its own dream.",
     }
     figures = []
@@ -586,46 +597,3 @@ def videos(run: Run) -> str:
 def settings(run: Run) -> str:
     text = configs.dumps(run.config)
     return f"<details><summary>config.yaml, as it ran</summary><pre><code>{html.escape(text)}</code></pre></details>"
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark"><title>{title}</title>
-<style>
-:root { --ink:#1c1f24; --muted:#5f6773; --grid:#e3e6ea; --surface:#ffffff; --page:#f4f5f7; --line:#dde1e6;
-  --real:#0f8a6c; --dream:#d3691c; --train:#9aa3af; --other:#4667c9; --warn:#8a5a00; --warnbg:#fff6e0; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8eaee; --muted:#a2abb8; --grid:#2c3239; --surface:#191d22;
-  --page:#111418; --line:#2c3239; --real:#45c9a3; --dream:#f2955a; --train:#7c8694; --other:#8aa4f5; --warn:#f0c674;
-  --warnbg:#2a2415; } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
-main { max-width:1120px; margin:0 auto; padding:24px 16px 64px }
-header, section { background:var(--surface); border:1px solid var(--line); border-radius:12px; padding:20px; margin:0 0 20px }
-h1 { font-size:1.7rem; line-height:1.2; margin:.1em 0 .4em; overflow-wrap:anywhere } h1 small { color:var(--muted); font-weight:400; font-size:1rem }
-h2 { font-size:1.15rem; margin:.2em 0 .5em } header h2 { margin-top:1.2em }
-p { margin:.4em 0; max-width:75ch } .kicker, .how, figcaption, .key { color:var(--muted) } .kicker { margin:0; font-size:.85rem }
-.how { margin-bottom:1em } figcaption { font-size:.85rem; margin-top:.4em; overflow-wrap:anywhere }
-.missing { color:var(--warn); background:var(--warnbg); border-radius:8px; padding:8px 12px; overflow-wrap:anywhere }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:10px; margin:1em 0 }
-.tile { border:1px solid var(--line); border-radius:10px; padding:10px 12px; display:flex; flex-direction:column }
-.tile span { color:var(--muted); font-size:.85rem } .tile b { font-size:1.35rem; line-height:1.3; font-variant-numeric:tabular-nums }
-.tile small { color:var(--muted); font-size:.75rem; line-height:1.3 } .tile.real b { color:var(--real) } .tile.dream b { color:var(--dream) }
-.grid { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:16px; align-items:start; margin:.6em 0 }
-.grid.wide { grid-template-columns:1fr }
-figure { margin:0; min-width:0 } svg { width:100%; height:auto; display:block } .grid:not(.wide) svg { max-width:520px }
-svg text { font-family:system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
-img { width:100%; height:auto; image-rendering:pixelated; display:block } video { width:100%; max-width:900px; border-radius:8px; background:#000 }
-pre { background:var(--page); border:1px solid var(--line); border-radius:8px; padding:10px 12px; overflow-x:auto; font-size:.85rem }
-.scroll { overflow-x:auto } table { border-collapse:collapse; font-size:.85rem; font-variant-numeric:tabular-nums; width:100% }
-th, td { text-align:right; padding:4px 8px; border-bottom:1px solid var(--line) } th { color:var(--muted); font-weight:500 }
-a { color:var(--other) } summary { cursor:pointer }
-.key i { display:inline-block; width:.8em; height:.8em; border-radius:50%; margin:0 .2em 0 .8em } .key i:first-child { margin-left:0 }
-.key .real { background:var(--real) } .key .dream { background:var(--dream) }
-@media (max-width:560px) { main { padding:8px 6px 40px } header, section { padding:14px 12px; border-radius:10px } h1 { font-size:1.35rem }
-  .tiles { grid-template-columns:1fr 1fr } .grid.wide > figure { overflow-x:auto } .grid.wide > figure > svg { min-width:620px }
-  .grid.wide > figure > img { min-width:620px } }
-</style></head>
-<body><main>
-{body}
-</main></body></html>
-"""

@@ -25,7 +25,7 @@ REAL, DREAM, TRAIN, OTHER = "#050505", "#060606", "#070707", "#080808"
 CSS = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"}
 CSS |= {REAL: "real", DREAM: "dream", TRAIN: "train", OTHER: "other"}
 
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -61,7 +61,7 @@ def figure(
     with matplotlib.rc_context(STYLE):
         fig = Figure(size, layout="constrained")
         FigureCanvasSVG(fig)
-        axes = fig.subplots(rows, 1, sharex=True) if rows > 1 else fig.subplots()
+        axes: Any = fig.subplots(rows, 1, sharex=True) if rows > 1 else fig.subplots()
         first, last = (axes[0], axes[-1]) if rows > 1 else (axes, axes)
         first.set_title(title)
         last.set_xlabel(x)
@@ -167,9 +167,8 @@ def fitness(generations: list[dict], trials: dict[int, dict], lines_at: dict[str
         ax.axvline(ends[turn] + 0.5, color=GRID, linewidth=1.2)
     turns = [t for t in sorted(trials) if t in ends]
     if turns:
-        x = [ends[t] for t in turns]
         ax.errorbar(
-            x,
+            [ends[t] for t in turns],
             clean(trials[t]["return_mean"] for t in turns),
             clean(trials[t]["return_std"] for t in turns),
             color=REAL,
@@ -183,7 +182,8 @@ def fitness(generations: list[dict], trials: dict[int, dict], lines_at: dict[str
             ax.axhline(value, color=MUTED, linestyle=dash, linewidth=1.2, label=label)
     ax.set_xlim(0.5, max(at, 1) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(ax, ncols=2)
+    options = {"ncols": 4, "labelcolor": INK, "frameon": False, "fontsize": 8.5}
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper right", **options)
     return svg(fig)
 
 
@@ -193,7 +193,7 @@ def gaps(calibration: dict[int, float], controller: dict[int, float]) -> str:
     ax.axhline(0, color=MUTED, linewidth=1.2)
     for values, color, label in (
         (controller, DREAM, "controller gap"),
-        (calibration, OTHER, "calibration gap (random policy)"),
+        (calibration, OTHER, "calibration gap (first policy)"),
     ):
         turns = sorted(values)
         ax.plot(turns, [values[t] for t in turns], color=color, marker="o", label=label)
@@ -246,7 +246,7 @@ def scatter(title: str, points: np.ndarray, values: np.ndarray, shares: np.ndarr
     if len(order):
         shown = ax.scatter(*points[order].T, c=values[order], cmap=MAP, alpha=0.8, **options)
         with matplotlib.rc_context(STYLE):
-            bar = fig.colorbar(shown, ax=ax, label=label)
+            bar: Any = fig.colorbar(shown, ax=ax, label=label)
             bar.outline.set_visible(False)
             bar.solids.set(alpha=1, rasterized=True)
     return svg(fig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -158,15 +159,12 @@ def write(path: Path, frames: Iterable[np.ndarray]) -> None:
 
     temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.mp4")
     try:
-        options = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "quality": 6}
-        with imageio.get_writer(
-            temporary, format="FFMPEG", fps=FPS, ffmpeg_params=["-movflags", "+faststart"], **options
-        ) as out:
+        options: Any = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 2, "quality": 6}
+        options |= {"format": "FFMPEG", "ffmpeg_params": ["-movflags", "+faststart"]}
+        out: Any = imageio.get_writer(temporary, fps=FPS, **options)
+        with out:
             for frame in frames:
                 out.append_data(frame)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-__all__ = ["dream_video", "write_videos"]

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -187,13 +188,34 @@ def test_killed_workers_change_nothing(reference, ray_session, tmp_path):
 # ------------------------------------------------------------------------------------------------ resume
 
 
-def die_at(config, out, event, count):
+def die_at(config, out, event, count, ray=False):
     """Run until the `count`-th event, and die there of SIGKILL. In a process of its own.
 
     Events: "row" (a line of metrics was written), "add" (an episode), "save" (a checkpoint is about to appear),
-    "saved" (it has just appeared), "summary" (it is written, its checkpoint is not).
+    "saved" (it has just appeared), "summary" (it is written, its checkpoint is not), or a method of the executor (its
+    work has been under way for a moment).
     """
     left = [count]
+    executor = on_ray() if ray else InProcess
+    if ray:
+        from raywm.runtime.executor import RayExecutor
+
+        def doomed(function):
+            def wrapper(self, *args):
+                left[0] -= 1
+                if left[0] == 0:
+                    for pool in self._pools.values():
+                        pool.ready()
+                    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                    if event != "collect":  # which works only as its results are taken
+                        function(self, *args)
+                        time.sleep(60)
+                return function(self, *args)
+
+            return wrapper
+
+        if hasattr(RayExecutor, event):
+            setattr(RayExecutor, event, doomed(getattr(RayExecutor, event)))
 
     def mortal(function, name, after=True):
         def wrapper(*args, **kwargs):
@@ -212,7 +234,7 @@ def die_at(config, out, event, count):
     EpisodeStore.add = mortal(EpisodeStore.add, "add")
     checkpoint._publish = mortal(mortal(checkpoint._publish, "save", after=False), "saved")
     checkpoint.atomic_write_json = mortal(checkpoint.atomic_write_json, "summary")
-    run(config, out)
+    run(config, out, executor)
 
 
 def test_killed_drivers_change_nothing(reference, tmp_path, monkeypatch):

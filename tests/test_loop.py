@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from raywm import checkpoint
 from raywm import config as configs
@@ -340,6 +341,14 @@ def test_the_budget_of_real_steps_is_kept(where, tmp_path):
     assert 400 <= summary["real_env_steps"] < 400 + 60 * (1 if where == "dream" else 8 * 2)
     bigger = config.model_copy(update={"budget": configs.BudgetConfig(real_steps=600)})
     assert run(bigger, tmp_path)["real_env_steps"] >= 600
+
+
+def test_a_budget_without_room_for_a_trial_still_gives_what_was_trained(tmp_path):
+    summary = run(tiny(budget={"real_steps": 150}), tmp_path)
+    assert summary["iterations"] == 1 and summary["dream_gap"] is not None
+    saved = checkpoint.load(tmp_path / "checkpoints")
+    assert np.abs(saved.arrays["controller"]["best"]).max() > 0
+    assert torch.equal(saved.tensors["best_model"]["target_scale"], saved.tensors["model"]["target_scale"])
 
 
 # ------------------------------------------------------------------------------------------------ broken environments

@@ -112,6 +112,8 @@ class VMC:
         state, count = self.state, self.config.target.episodes
         self.executor.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
         if self._left() <= 0:
+            if state["best_trial"] is None:  # a budget that allows no trial: what was trained is all there is
+                self._keep()
             return
         played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial")
         real = float(np.mean([p[2] for p in played]))
@@ -123,8 +125,14 @@ class VMC:
             + ("" if dreamt is None else f", {dreamt:.1f} in the dream")
         )
         if state["best_trial"] is None or real >= state["best_trial"]:
-            state.update(best_trial=real, best_iteration=state["iteration"], best_dream_return_mean=dreamt)
-            self.best_weights, self.best_theta = self.weights, self.theta
+            state["best_trial"] = real
+            self._keep()
+
+    def _keep(self) -> None:
+        """This turn's controller is the best so far."""
+        state = self.state
+        state.update(best_iteration=state["iteration"], best_dream_return_mean=state["dream_return_mean"])
+        self.best_weights, self.best_theta = self.weights, self.theta
 
     def _take(
         self, first: int, *, steps: int | None = None, episodes: int | None = None, label: str

@@ -1,10 +1,15 @@
 """The V-M-C loop as a whole: the same bits whoever does the work, whoever dies, and wherever it is resumed."""
 
+import dataclasses
+import itertools
 import json
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +17,11 @@ import pytest
 from raywm import checkpoint
 from raywm import config as configs
 from raywm.data.store import EpisodeStore
+from raywm.envs.classic import check_counting
 from raywm.log import RunLog
 from raywm.loops import vmc
 from raywm.loops.executor import InProcess
+from raywm.loops.parts import in_order
 
 TINY = {
     "seed": 3,
@@ -176,3 +183,232 @@ def test_killed_workers_change_nothing(reference, ray_session, tmp_path):
     summary = run(tiny(), tmp_path, on_ray(kills))
     assert summary["worker_deaths"] == 3
     same(outcome(tmp_path), reference)
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+def die_at(config, out, event, count, ray=False):
+    """Run until the `count`-th event, and die there of SIGKILL. In a process of its own.
+
+    Events: "row" (a line of metrics was written), "add" (an episode), "save" (a checkpoint is about to appear),
+    "saved" (it has just appeared), "summary" (it is written, its checkpoint is not), or a method of the executor (its
+    work has been under way for a moment).
+    """
+    left = [count]
+    executor = on_ray() if ray else InProcess
+    if ray:
+        from raywm.runtime.executor import RayExecutor
+
+        def doomed(function):
+            def wrapper(self, *args):
+                left[0] -= 1
+                if left[0] == 0:
+                    for pool in self._pools.values():
+                        pool.ready()
+                    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+                    if event != "collect":  # which works only as its results are taken
+                        function(self, *args)
+                        time.sleep(60)
+                return function(self, *args)
+
+            return wrapper
+
+        if hasattr(RayExecutor, event):
+            setattr(RayExecutor, event, doomed(getattr(RayExecutor, event)))
+
+    def mortal(function, name, after=True):
+        def wrapper(*args, **kwargs):
+            left[0] -= name == event
+            if not after and name == event and left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*args, **kwargs)
+            if after and name == event and left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapper
+
+    vmc.SAVE_EVERY_S = 0.0
+    RunLog.write = mortal(RunLog.write, "row")
+    EpisodeStore.add = mortal(EpisodeStore.add, "add")
+    checkpoint._publish = mortal(mortal(checkpoint._publish, "save", after=False), "saved")
+    checkpoint.atomic_write_json = mortal(checkpoint.atomic_write_json, "summary")
+    run(config, out, executor)
+
+
+def test_killed_drivers_change_nothing(reference, tmp_path, monkeypatch):
+    """kill -9 after kill -9, in every phase and in the middle of every kind of write; then the rest of the run."""
+    process = multiprocessing.get_context("forkserver")
+    process.set_forkserver_preload(["torch", "raywm.loops.executor", "raywm.loops.vmc", "gymnasium.envs.classic_control"])
+    deaths = [
+        ("add", 4),  # in the middle of the first commit
+        ("row", 1),  # collected, not yet saved
+        ("row", 3),  # in the fit
+        ("saved", 2),  # between fit and calibration
+        ("row", 2),  # calibrated; in the dream
+        ("save", 2),  # a generation's checkpoint not yet there
+        ("add", 2),  # in a trial
+        ("save", 1),  # after it
+        ("row", 9),  # in the second search
+        ("summary", 1),  # evaluated
+    ]
+    for event, count in deaths:
+        child = process.Process(target=die_at, args=(tiny(), tmp_path, event, count))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL, (event, count, child.exitcode)
+    monkeypatch.setattr(vmc, "SAVE_EVERY_S", 0.0)
+    run(tiny(), tmp_path)
+    same(outcome(tmp_path), reference)
+
+
+def test_a_finished_run_stays_or_goes_on(reference, tmp_path):
+    first = run(tiny(iterations=1), tmp_path)
+    before = outcome(tmp_path)
+    assert run(tiny(iterations=1), tmp_path) == first
+    same(outcome(tmp_path), before)
+    assert run(tiny(), tmp_path)["iterations"] == 2
+    got = outcome(tmp_path)
+    assert [r["kind"] for r in got["metrics"]].count("evaluate") == 2  # of the first end as well
+    got["metrics"] = [r for r in got["metrics"] if r["kind"] != "evaluate" or r["iteration"] == 1]
+    same(got, reference)
+    (tmp_path / "summary.json").unlink()
+    run(tiny(), tmp_path)
+    assert outcome(tmp_path)["summary"] == reference["summary"]
+
+
+def test_an_interrupted_measurement_goes_on_with_more_iterations(reference, tmp_path):
+    class Stopped(InProcess):
+        def play(self, numbers, stream):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(iterations=1), tmp_path, Stopped)
+    run(tiny(), tmp_path)
+    same(outcome(tmp_path), reference)
+
+
+def test_a_changed_config_is_refused_by_its_key():
+    configs.diff_for_resume(tiny(), tiny(iterations=9, collect={"workers": 7}, budget={"real_steps": 10}))
+    for changed, key in (({"seed": 4}, "seed"), ({"evolve": {"population": 12}}, "evolve.population")):
+        with pytest.raises(ValueError, match=f"^{key}: got"):
+            configs.diff_for_resume(tiny(), tiny(**changed))
+
+
+# ------------------------------------------------------------------------------------------------ other ways to run
+
+
+@pytest.mark.parametrize("where", ["real", "both"])
+def test_evolving_in_reality(where, tmp_path):
+    evolve = {"where": where, "real_generations": 2, "real_rollouts": 2}
+    summary = run(tiny(evolve=evolve), tmp_path / "a")
+    assert (summary["dream_return_mean"] is None) == (where == "real")
+    kept = EpisodeStore(tmp_path / "a" / "episodes", read_only=True).steps
+    assert summary["real_env_steps"] > kept  # steps that only chose a controller count as well
+    generations = rows(tmp_path / "a", "generation")
+    assert [g["where"] for g in generations] == 2 * (3 * ["dream"] * (where == "both") + 2 * ["real"])
+    for death in (("row", 7), ("row", 4)):
+        child = multiprocessing.get_context("forkserver").Process(
+            target=die_at, args=(tiny(evolve=evolve), tmp_path / "b", *death)
+        )
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+    run(tiny(evolve=evolve), tmp_path / "b")
+    same(outcome(tmp_path / "b"), outcome(tmp_path / "a"))
+
+
+def test_reinforce_resumes_too(tmp_path):
+    config = tiny(evolve={"learner": "reinforce"})
+    run(config, tmp_path / "a")
+    for death in (("row", 7), ("row", 3)):
+        child = multiprocessing.get_context("forkserver").Process(target=die_at, args=(config, tmp_path / "b", *death))
+        child.start()
+        child.join(60)
+        assert child.exitcode == -signal.SIGKILL
+    run(config, tmp_path / "b")
+    same(outcome(tmp_path / "b"), outcome(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("where", ["dream", "both"])
+def test_the_budget_of_real_steps_is_kept(where, tmp_path):
+    config = tiny(iterations=20, budget={"real_steps": 400}, evolve={"where": where, "real_generations": 2})
+    summary = run(config, tmp_path)
+    assert summary["stopped"] == "budget of 400 real steps spent"
+    # the episode that crosses the line is finished; in reality a generation is
+    assert 400 <= summary["real_env_steps"] < 400 + 60 * (1 if where == "dream" else 8 * 2)
+    bigger = config.model_copy(update={"budget": configs.BudgetConfig(real_steps=600)})
+    assert run(bigger, tmp_path)["real_env_steps"] >= 600
+
+
+# ------------------------------------------------------------------------------------------------ broken environments
+
+
+class Breaking(InProcess):
+    """Lets raywm/Faulty-v0 fail once the first episode has come in."""
+
+    def collect(self, numbers, stream):
+        for played in super().collect(numbers, stream):
+            yield played
+            Path(self.config.env.kwargs["once"]).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan_reward", "nan_obs"])
+def test_a_broken_environment_ends_the_run_and_nothing_else(fault, tmp_path):
+    once = tmp_path / "once"
+    once.touch()  # it has "failed" already, and works
+    env = {"id": "raywm/Faulty-v0", "kwargs": {"fault": fault, "once": str(once)}}
+    config = tiny(iterations=1, env=env)
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"^environment 'raywm/Faulty-v0', episode [4-7], step 5: .*") as error:
+        run(config, out, Breaking)
+    assert "\n" not in str(error.value)
+    with EpisodeStore(out / "episodes", read_only=True) as store:
+        assert store.ids() == [f"collect-{n:09d}" for n in range(4)]  # what ended before stays
+    run(config, out)  # mended, it goes on
+    run(config, tmp_path / "whole")
+    same(outcome(out), outcome(tmp_path / "whole"))
+
+
+def test_a_broken_environment_speaks_through_ray(ray_session, tmp_path):
+    config = tiny(env={"id": "raywm/Faulty-v0", "kwargs": {"fault": "nan_reward", "at": 7}})
+    with pytest.raises(ValueError, match=r"^environment 'raywm/Faulty-v0', episode \d, step 7: reward nan"):
+        run(config, tmp_path, on_ray())
+
+
+# ------------------------------------------------------------------------------------------------ transitions
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_transitions_arrive_whole_and_once(image, ray_session, tmp_path):
+    """An environment whose observations tell their past, through collectors, the store actor and deaths of both."""
+    # a model takes frames of 64 x 64: resized, each frame of one colour still has that colour
+    env = {"id": "raywm/Counting-v0", "kwargs": {"image": image}, **({"resize": [64, 64]} if image else {})}
+    config = tiny(env={"time_limit": None, **env}, model={"latent": 4})
+    kills = {"collect": 1, "store while collecting": 1}
+    with on_ray(kills)(config, tmp_path) as work:
+        work.set_agent(work.parts.first_agent())
+        taken = []
+        for number, _, _ in in_order(work.collect(itertools.count(), "collect"), 0):
+            taken.append(number)
+            if len(taken) == 30:
+                break
+        work.commit(taken)
+        work.commit(taken)  # as if its answer had been lost
+        assert work.deaths == 1 and work.killed["store while collecting"] == 1
+        again = [n for n, _, _ in work.collect(range(30, 40), "collect")]
+        assert sorted(again) == list(range(30, 40))
+        work.commit(sorted(again))
+    with EpisodeStore(tmp_path / "episodes", read_only=True) as store:
+        assert store.ids() == [f"collect-{n:09d}" for n in range(40)]
+        assert not store.verify()["damaged"]
+        identities = set()
+        for id in store.ids():
+            episode = store.get(id)
+            if image:
+                small = {**episode.obs, "image": episode.obs["image"][:, ::8, ::8]}
+                episode = dataclasses.replace(episode, obs=small)
+            check_counting(episode)
+            identities.add(float(episode.obs["vector"][0, 0]))
+        assert len(identities) == 40

@@ -138,14 +138,16 @@ class VMC:
         goal = steps if episodes is None else episodes
         with self.log.progress(label, goal) as bar:
             results = self.executor.collect(numbers, "collect")
-            for number, length, ret in in_order(results, first):
-                taken.append((number, length, ret))
-                total += length
-                bar.advance(1 if episodes else length)
-                if (steps is not None and total >= steps) or self._spent(total) or len(taken) == episodes:
-                    break
-            results.close()
-            self.executor.commit([t[0] for t in taken])
+            try:
+                for number, length, ret in in_order(results, first):
+                    taken.append((number, length, ret))
+                    total += length
+                    bar.advance(1 if episodes else length)
+                    if (steps is not None and total >= steps) or self._spent(total) or len(taken) == episodes:
+                        break
+            finally:  # also when an environment breaks: what it has cost so far is not lost
+                results.close()
+                self.executor.commit([t[0] for t in taken])
         self.state["accepted"] += [f"collect-{t[0]:09d}" for t in taken]
         self.state["real_env_steps"] += total
         return taken

@@ -1,0 +1,122 @@
+"""What takes minutes: drivers killed on Ray, learning, and a process whose entropy is known."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import pytest
+import test_loop as loop
+import torch
+
+from raywm import config as configs
+from raywm.data.snapshot import Snapshot
+from raywm.envs.classic import BifurcationEnv, bifurcation_episodes
+from raywm.fit import Trainer
+from raywm.loops.executor import InProcess
+from raywm.models import build_model
+from raywm.spaces import ActionCodec
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    out = tmp_path_factory.mktemp("reference")
+    loop.run(loop.tiny(), out)
+    return loop.outcome(out)
+
+
+# ------------------------------------------------------------------------------------------------ Ray
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers(workers, reference, ray_session, tmp_path):
+    config = loop.tiny(collect={"workers": workers}, dream={"workers": 4 - workers})
+    loop.run(config, tmp_path, loop.on_ray())
+    loop.same(loop.outcome(tmp_path), reference)
+
+
+def test_a_stalled_environment_costs_a_collector(ray_session, tmp_path):
+    def config(fault):
+        kwargs = {"fault": fault, "once": str(tmp_path / "once"), "seconds": 600}
+        return loop.tiny(env={"id": "raywm/Faulty-v0", "kwargs": kwargs}, collect={"timeout_s": 20.0})
+
+    summary = loop.run(config("stall"), tmp_path / "a", loop.on_ray())
+    assert summary["worker_deaths"] == 1
+    loop.run(config(None), tmp_path / "b")
+    loop.same(loop.outcome(tmp_path / "a"), loop.outcome(tmp_path / "b"))
+
+
+def family(pid):
+    """A process's descendants now, for whoever wants to see them gone."""
+    try:
+        return {p for p in psutil.Process(pid).children(recursive=True)}
+    except psutil.NoSuchProcess:
+        return set()
+
+
+def test_killed_drivers_on_ray(reference, tmp_path):
+    """kill -9 of the driver in every phase. The Ray it had started dies with it and is in nobody's way."""
+    deaths = [
+        ("collect", 1),
+        ("commit", 1),
+        ("fit", 1),
+        ("save", 3),
+        ("fitness", 2),
+        ("play_trial", 1),
+        ("row", 6),
+        ("fitness", 3),
+        ("play", 1),
+    ]
+    orphans = set()
+    for event, count in deaths:
+        event, count = ("collect", 1) if event == "play_trial" else (event, count)
+        child = multiprocessing.get_context("spawn").Process(
+            target=loop.die_at, args=(loop.tiny(), tmp_path, event, count, True)
+        )
+        child.start()
+        while child.is_alive():
+            orphans |= family(child.pid)
+            child.join(0.3)
+        assert child.exitcode == -signal.SIGKILL, (event, count, child.exitcode)
+    patience = time.monotonic() + 150  # its agents take their time
+    while (left := [p for p in orphans if p.is_running() and p.status() != "zombie"]) and time.monotonic() < patience:
+        time.sleep(0.5)
+    assert not left, left
+    code = f"import test_loop as l, pathlib; l.run(l.tiny(), pathlib.Path({str(tmp_path)!r}), l.on_ray())"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(__file__), timeout=300)
+    loop.same(loop.outcome(tmp_path), reference)
+
+
+def test_a_train_command_killed_and_interrupted_at_any_time(reference, tmp_path):
+    """`raywm train --resume`, killed or interrupted after random times until it ends by itself."""
+    config, out = tmp_path / "tiny.yaml", tmp_path / "run"
+    configs.save(loop.tiny(), config)
+    command = [sys.executable, "-m", "raywm.cli", "train", str(config), "--out", str(out), "--resume"]
+    rng = np.random.default_rng()
+    times, codes = [], []
+    for attempt in range(8):
+        child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        try:
+            times.append(float(rng.uniform(8, 30)))
+            text, _ = child.communicate(timeout=None if attempt == 7 else times[-1])
+            break
+        except subprocess.TimeoutExpired:
+            if attempt % 2:
+                os.kill(child.pid, signal.SIGKILL)
+                child.wait()
+            else:
+                os.killpg(child.pid, signal.SIGINT)  # as a terminal's Ctrl-C: to Ray's processes as well
+                text, _ = child.communicate(timeout=60)
+                assert child.returncode == 130, text
+        codes.append(child.returncode)
+    assert child.returncode == 0, (times, codes, text)
+    loop.same(loop.outcome(out), reference)

@@ -336,10 +336,9 @@ def test_the_budget_of_real_steps_is_kept(where, tmp_path):
     config = tiny(iterations=20, budget={"real_steps": 400}, evolve={"where": where, "real_generations": 2})
     summary = run(config, tmp_path)
     assert summary["stopped"] == "budget of 400 real steps spent"
-    # the episode that crosses the line is finished; in reality a generation is
-    assert 400 <= summary["real_env_steps"] < 400 + 60 * (1 if where == "dream" else 8 * 2)
+    assert 400 - 60 < summary["real_env_steps"] <= 400  # no episode begins that could cross the line
     bigger = config.model_copy(update={"budget": configs.BudgetConfig(real_steps=600)})
-    assert run(bigger, tmp_path)["real_env_steps"] >= 600
+    assert run(bigger, tmp_path)["real_env_steps"] > 600 - 60
 
 
 # ------------------------------------------------------------------------------------------------ broken environments

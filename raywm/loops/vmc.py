@@ -222,8 +222,9 @@ class VMC:
         agent = self.parts.agent(self.weights, self.theta)
         self.executor.set_agent(agent)
         es = self._search("real", evolve.sigma if evolve.where == "real" else evolve.sigma / 2)
+        episodes = evolve.population * evolve.real_rollouts
         for generation in self._generations(es, evolve.real_generations, "evolve (real)"):
-            if self._spent():
+            if self._spent((episodes - 1) * (self.parts.time_limit or 1)):
                 break
             first = (self.state["iteration"] * BLOCK + generation) * evolve.real_rollouts
             numbers = range(first, first + evolve.real_rollouts)

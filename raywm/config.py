@@ -98,7 +98,9 @@ class ModelConfig(Section):
     hidden: Count = Field(128, description="Size of the LSTM's h.")
     mixtures: Count = Field(5, description="Gaussians in M's mixture.")
     joint: bool = Field(True, description="One mixture over all of z; false: one a dimension, as in the paper.")
-    residual: bool = Field(True, description="M predicts z' - z rather than z'.")
+    residual: Literal["auto"] | bool = Field(
+        "auto", description="M predicts z' - z rather than z'; auto: for vectors, not for a VAE's latents."
+    )
     terminal_weight: Positive = Field(10.0, description="Weight of terminal rows in the continuation loss.")
     head_hidden: Count = Field(128, description="Hidden units of the reward and continuation heads.")
 

@@ -76,7 +76,9 @@ def open_loop_error(
         against what happened, in units of each dimension's spread (1 is no better than the mean of the data); nan
         where no episode is long enough. Also "persist_k": the same for a guess that nothing changes.
     """
-    spread = np.concatenate([z["z_mean"] for z in latents]).std(0) + 1e-6
+    spread = np.concatenate([z["z_mean"] for z in latents]).std(0)
+    varies = spread > 1e-4  # what never changes has no scale to measure errors in
+    spread = spread[varies]
     out: dict[str, float] = {}
     for k in HORIZONS:
         fits = [i for i, e in enumerate(episodes) if len(e.reward) >= k + 2]
@@ -95,9 +97,9 @@ def open_loop_error(
             state = repeat(state, samples)
             for t in range(start + 1, start + k + 1):
                 state = model.imagine(state, action[t].expand(samples, -1), model.noise(samples, rng)).state
-            truth = z["z_mean"][start + k]
-            errors.append(((state["z"].mean(0).numpy() - truth) / spread) ** 2)
-            still.append(((z["z_mean"][start] - truth) / spread) ** 2)
+            truth = z["z_mean"][start + k, varies]
+            errors.append(((state["z"].mean(0).numpy()[varies] - truth) / spread) ** 2)
+            still.append(((z["z_mean"][start, varies] - truth) / spread) ** 2)
         out |= {f"open_loop_{k}": float(np.sqrt(np.mean(errors))), f"persist_{k}": float(np.sqrt(np.mean(still)))}
     return out
 

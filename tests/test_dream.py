@@ -32,6 +32,8 @@ def build(end=0.0, **sizes):
     sizes = {"hidden": 24, "mixtures": 3, "head_hidden": 16} | sizes
     model = build_model("vm", COLUMNS, CODEC.dim, **sizes).eval()
     with torch.no_grad():
+        model.z_low.fill_(-1.5)
+        model.z_high.fill_(1.0)
         model.target_mean.copy_(torch.randn(4) * 0.1)
         model.target_scale.copy_(torch.rand(4) * 0.3 + 0.1)
         model.reward_mean.fill_(0.5)

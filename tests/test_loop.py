@@ -346,10 +346,9 @@ def test_the_budget_of_real_steps_is_kept(where, tmp_path):
     config = tiny(iterations=20, budget={"real_steps": 400}, evolve={"where": where, "real_generations": 2})
     summary = run(config, tmp_path)
     assert summary["stopped"] == "budget of 400 real steps spent"
-    # the episode that crosses the line is finished; in reality a generation is
-    assert 400 <= summary["real_env_steps"] < 400 + 60 * (1 if where == "dream" else 8 * 2)
+    assert 400 - 60 < summary["real_env_steps"] <= 400  # no episode begins that could cross the line
     bigger = config.model_copy(update={"budget": configs.BudgetConfig(real_steps=600)})
-    assert run(bigger, tmp_path)["real_env_steps"] >= 600
+    assert run(bigger, tmp_path)["real_env_steps"] > 600 - 60
 
 
 def test_a_budget_without_room_for_a_trial_still_gives_what_was_trained(tmp_path):
@@ -398,12 +397,11 @@ def test_a_broken_environment_speaks_through_ray(ray_session, tmp_path):
 # ------------------------------------------------------------------------------------------------ transitions
 
 
-@pytest.mark.parametrize("image", [False, True])
-def test_transitions_arrive_whole_and_once(image, ray_session, tmp_path):
-    """An environment whose observations tell their past, through collectors, the store actor and deaths of both."""
+def test_transitions_arrive_whole_and_once(ray_session, tmp_path):
+    """An environment whose vectors and frames tell their past, through collectors, the store actor, deaths of both."""
     # a model takes frames of 64 x 64: resized, each frame of one colour still has that colour
-    env = {"id": "raywm/Counting-v0", "kwargs": {"image": image}, **({"resize": [64, 64]} if image else {})}
-    config = tiny(env={"time_limit": None, **env}, model={"latent": 4})
+    env = {"id": "raywm/Counting-v0", "kwargs": {"image": True}, "resize": [64, 64], "time_limit": None}
+    config = tiny(env=env, model={"latent": 4})
     kills = {"collect": 1, "store while collecting": 1}
     with on_ray(kills)(config, tmp_path) as work:
         work.set_agent(work.parts.first_agent())
@@ -424,10 +422,8 @@ def test_transitions_arrive_whole_and_once(image, ray_session, tmp_path):
         identities = set()
         for id in store.ids():
             episode = store.get(id)
-            if image:
-                small = {**episode.obs, "image": episode.obs["image"][:, ::8, ::8]}
-                episode = dataclasses.replace(episode, obs=small)
-            check_counting(episode)
+            small = {**episode.obs, "image": episode.obs["image"][:, ::8, ::8]}
+            check_counting(dataclasses.replace(episode, obs=small))
             identities.add(float(episode.obs["vector"][0, 0]))
         assert len(identities) == 40
 

@@ -34,7 +34,9 @@ class Parts:
         try:
             self.columns = dict(env.observation_space.spaces)
             self.codec = ActionCodec(env.action_space)
-            self.horizon = config.dream.horizon or time_limit(env) or DEFAULT_HORIZON
+            limit = time_limit(env)
+            self.time_limit = -(-limit // config.env.action_repeat) if limit else None  # steps of the longest episode
+            self.horizon = config.dream.horizon or self.time_limit or DEFAULT_HORIZON
         finally:
             env.close()
         self.spec = spec = specification(config, self.columns, self.codec)

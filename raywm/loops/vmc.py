@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,7 +98,7 @@ class VMC:
             state["random"] = [p[2] for p in played]
         else:
             count = config.episodes
-            if count < 1 or self._left() <= 0:
+            if self._spent():
                 return
             inner = self.parts.agent(self.weights, self.theta, state["iteration"])
             self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore))
@@ -110,11 +109,11 @@ class VMC:
     def trial(self) -> None:
         """C without exploration: its episodes decide whether to stop, and are data like any other."""
         state, count = self.state, self.config.target.episodes
-        self.executor.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
-        if self._left() <= 0:
-            if state["best_trial"] is None:  # a budget that allows no trial: what was trained is all there is
+        if self._spent():
+            if state["best_trial"] is None:  # never tried, but the only one there is
                 self._keep()
             return
+        self.executor.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
         played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial")
         real = float(np.mean([p[2] for p in played]))
         dreamt = state["dream_return_mean"]
@@ -139,7 +138,8 @@ class VMC:
     ) -> list[tuple[int, int, float]]:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster."""
-        budget, taken, total = self._left(), [], 0
+        taken: list[tuple[int, int, float]] = []
+        total = 0
         numbers = itertools.count(first) if episodes is None else range(first, first + episodes)
         goal = steps if episodes is None else episodes
         with self.log.progress(label, goal) as bar:
@@ -149,7 +149,7 @@ class VMC:
                     taken.append((number, length, ret))
                     total += length
                     bar.advance(1 if episodes else length)
-                    if (steps is not None and total >= steps) or total >= budget or len(taken) == episodes:
+                    if (steps is not None and total >= steps) or self._spent(total) or len(taken) == episodes:
                         break
             finally:  # also when an environment breaks: what it has cost so far is not lost
                 results.close()
@@ -158,9 +158,10 @@ class VMC:
         self.state["real_env_steps"] += total
         return taken
 
-    def _left(self) -> float:
+    def _spent(self, more: int = 0) -> bool:
+        """Whether, `more` steps on, another episode of full length would overdraw the budget of real steps."""
         budget = self.config.budget.real_steps
-        return math.inf if budget is None else budget - self.state["real_env_steps"]
+        return budget is not None and self.state["real_env_steps"] + more + (self.parts.time_limit or 1) > budget
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -227,8 +228,9 @@ class VMC:
         agent = self.parts.agent(self.weights, self.theta)
         self.executor.set_agent(agent)
         es = self._search("real", evolve.sigma if evolve.where == "real" else evolve.sigma / 2)
+        episodes = evolve.population * evolve.real_rollouts
         for generation in self._generations(es, evolve.real_generations, "evolve (real)"):
-            if self._left() <= 0:
+            if self._spent((episodes - 1) * (self.parts.time_limit or 1)):
                 break
             first = (self.state["iteration"] * BLOCK + generation) * evolve.real_rollouts
             numbers = range(first, first + evolve.real_rollouts)
@@ -307,7 +309,7 @@ class VMC:
         target, state = self.config.target.real_return, self.state
         if target is not None and state["best_trial"] is not None and state["best_trial"] >= target:
             return f"target return {target:g} reached"
-        if self._left() <= 0:
+        if self._spent():
             return f"budget of {self.config.budget.real_steps} real steps spent"
         if state["iteration"] + 1 >= self.config.iterations:
             return f"{self.config.iterations} iterations done"

@@ -90,6 +90,7 @@ class PackedVM:
         self.end_shift = vm.end_shift - end[1].bias
         self.reward_scale, self.reward_range = vm.reward_scale.clone(), vm.reward_range.clone()
         self.target_mean, self.target_scale = vm.target_mean.clone(), vm.target_scale.clone()
+        self.carry, self.z_low, self.z_high = vm.carry.clone(), vm.z_low.clone(), vm.z_high.clone()
 
     def features(self, state: State) -> Tensor:
         return state["zh"] if self.model.feature_kind == "zh" and "zh" in state else self.model.features(state)
@@ -106,10 +107,7 @@ class PackedVM:
         c = self._tick(b, state["c"], h)
         b.h.copy_(h)
         draw = self._draw(b, noise, temperature)
-        if self.model.residual:
-            torch.add(state["z"], draw, out=z)
-        else:
-            z.copy_(draw)
+        torch.addcmul(draw, state["z"], self.carry, out=z).clamp_(self.z_low, self.z_high)
         b.after.copy_(z)
         hidden = F.silu(b.row @ self.arrival, inplace=True)
         reward, end = (hidden @ self.outcome).float().unbind(1)

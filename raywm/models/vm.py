@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 LOG_2PI = math.log(2 * math.pi)
 
 
+def positive(std: Tensor) -> Tensor:
+    """What does not vary keeps scale 1: dividing by its rounding noise would blow it up."""
+    return torch.where(std > 1e-6, std, torch.ones_like(std))
+
+
 class Vision(nn.Module):
     """All observation columns to one latent. `columns` maps each name to (shape, is_image)."""
 
@@ -115,7 +120,8 @@ class VM(WorldModel):
         latent: size of a VAE's latent (identity keeps the vector's own size).
         beta, free_bits: weight of the KL term; nats a latent dimension that are free.
         hidden, mixtures, joint, head_hidden: the memory's sizes; one joint mixture or one a latent dimension.
-        residual: M predicts z[t+1] - z[t] instead of z[t+1].
+        residual: M predicts z[t+1] - z[t] instead of z[t+1]; "auto": for vectors as they are, not for a VAE's latents,
+            where a walk of differences leaves what the VAE knows and explodes.
         terminal_weight: weight of terminal rows in the continuation loss. The head's log-odds are corrected by it in
             `imagine`, so that `cont` stays a calibrated probability.
         features: what a controller sees: "zh", "zhc" or "z".
@@ -139,7 +145,7 @@ class VM(WorldModel):
         hidden: int = 256,
         mixtures: int = 5,
         joint: bool = True,
-        residual: bool = True,
+        residual: bool | str = "auto",
         terminal_weight: float = 10.0,
         head_hidden: int = 128,
         features: str = "zh",
@@ -148,12 +154,18 @@ class VM(WorldModel):
         self.vision = Vision(columns, vision, latent)
         z = self.vision.latent
         self.memory = MDNRNN(z, act_dim, hidden, mixtures, joint, head_hidden)
-        self.beta, self.free_bits, self.residual = beta, free_bits, residual
+        self.beta, self.free_bits = beta, free_bits
         self.end_shift = math.log(terminal_weight)
         self.latent, self.hidden, self.act_dim, self.feature_kind = z, hidden, act_dim, features
         self.feat_dim = {"z": z, "zh": z + hidden, "zhc": z + 2 * hidden}[features]
         self.phases = ("vision", "memory") if self.vision.learns else ("memory",)
-        self.register_buffer("target_mean", torch.zeros(z))  # of M's targets, z[t+1] - z[t] if residual
+        nets = list(self.vision.nets.values())
+        carries = [isinstance(n, Standardise) if residual == "auto" else bool(residual) for n in nets]
+        parts = [torch.full((n.latent,), float(c)) for n, c in zip(nets, carries, strict=True)]
+        self.register_buffer("carry", torch.cat(parts))  # 1 where M predicts a difference
+        self.register_buffer("z_low", torch.full((z,), -math.inf))
+        self.register_buffer("z_high", torch.full((z,), math.inf))
+        self.register_buffer("target_mean", torch.zeros(z))  # of M's targets, z[t+1] - carry * z[t]
         self.register_buffer("target_scale", torch.ones(z))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_scale", torch.ones(()))
@@ -198,8 +210,7 @@ class VM(WorldModel):
         h, c = self.memory.cell(x, state["h"], state["c"])
         hx = torch.cat([h, x], -1)
         z = self.memory.sample(self.memory.mixture(hx), noise, temperature) * self.target_scale + self.target_mean
-        if self.residual:
-            z = state["z"] + z
+        z = torch.addcmul(z, state["z"], self.carry).clamp(self.z_low, self.z_high)
         hxz = torch.cat([hx, z], -1)
         reward = self.memory.reward(hxz).squeeze(-1) * self.reward_scale + self.reward_mean
         reward = reward.clamp(self.reward_range[0], self.reward_range[1])
@@ -226,12 +237,16 @@ class VM(WorldModel):
         for name, net in self.vision.nets.items():
             if name in statistics and hasattr(net, "set_scale"):
                 net.set_scale(statistics[name]["mean"], statistics[name]["std"])
-        for name, prefix in (("reward", "reward"), ("delta" if self.residual else "z", "target")):
-            if name in statistics:
-                std = statistics[name]["std"]
-                getattr(self, f"{prefix}_mean").copy_(statistics[name]["mean"])
-                getattr(self, f"{prefix}_scale").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+        if "z" in statistics:
+            z, delta, carry = statistics["z"], statistics["delta"], self.carry.bool()
+            self.target_mean.copy_(torch.where(carry, delta["mean"], z["mean"]))
+            self.target_scale.copy_(positive(torch.where(carry, delta["std"], z["std"])))
+            width = z["max"] - z["min"]  # a dream may leave the data by its own width, not go to infinity
+            self.z_low.copy_(z["min"] - width)
+            self.z_high.copy_(z["max"] + width)
         if "reward" in statistics:
+            self.reward_mean.copy_(statistics["reward"]["mean"])
+            self.reward_scale.copy_(positive(statistics["reward"]["std"]))
             # a dream may promise what was received, not whatever the head extrapolates to: controllers go and find it
             self.reward_range.copy_(torch.stack([statistics["reward"]["min"], statistics["reward"]["max"]]))
 
@@ -280,7 +295,7 @@ class VM(WorldModel):
         start = None if batch.start is None else (batch.start["h"].unsqueeze(0), batch.start["c"].unsqueeze(0))
         h, _ = self.memory.lstm(x, start)
         hx = torch.cat([h, x], -1)
-        target = (z[:, 1:] - z[:, :-1]) if self.residual else z[:, 1:]
+        target = z[:, 1:] - self.carry * z[:, :-1]
         log_prob = self.memory.log_prob(self.memory.mixture(hx), (target - self.target_mean) / self.target_scale)
         nll = self.target_scale.log().sum() - log_prob  # (B, T-1), nats of z
         hxz = torch.cat([hx, z[:, 1:]], -1)

@@ -113,7 +113,8 @@ class FitConfig(Section):
     memory_steps: Count = Field(1500, description="Gradient steps of M a turn, at most.")
     batch: Count = Field(32, description="Sequences a batch of M.")
     sequence: int = Field(32, ge=2, description="Rows a sequence.")
-    lr: Positive = Field(1e-3, description="Adam's learning rate.")
+    lr: Positive = Field(3e-3, description="Adam's learning rate for M.")
+    vision_lr: Positive = Field(1e-3, description="Adam's learning rate for V.")
     held_out: Annotated[float, BeforeValidator(_number)] = Field(
         0.1, gt=0, lt=1, description="Share of the episodes kept for evaluating fits."
     )

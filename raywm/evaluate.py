@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,26 @@ def summarise(returns: Sequence[float], lengths: Sequence[int]) -> dict[str, flo
     }
 
 
-def evaluate(agent: Any, env: Any, seed: int, episodes: int, envs: int = 8, progress: Any = None) -> dict[str, Any]:
-    """Play `episodes` episodes of `env` in this process; returns `summarise`'s numbers, "returns" and "steps"."""
+def evaluate(
+    agent: Any, env: Any, seed: int, episodes: int, envs: int = 8, progress: Callable[[int], Any] = lambda n: None
+) -> dict[str, Any]:
+    """Play `episodes` episodes of `env` in this process; `progress(n)` hears of every n that have ended.
+
+    Returns:
+        `summarise`'s numbers, "returns" in the order of the episodes' numbers, and "steps".
+    """
     from raywm.collect import Collector
 
     collector = Collector(env, seed, envs)
-    played = []
-    for number, ret, steps, _ in collector.play(agent, range(episodes), "evaluate"):
-        played.append((number, ret, steps))
-        if progress is not None:
-            progress.advance(1)
-    played.sort()
-    out: dict[str, Any] = summarise([p[1] for p in played], [p[2] for p in played])
-    return out | {"returns": [p[1] for p in played], "steps": sum(p[2] for p in played)}
+    try:
+        played = []
+        for at in range(0, episodes, envs):
+            played += collector.play(agent, range(at, min(at + envs, episodes)), "evaluate")
+            progress(len(played) - at)
+    finally:
+        collector.close()
+    out: dict[str, Any] = summarise([p.ret for p in played], [p.steps for p in played])
+    return out | {"returns": [p.ret for p in played], "steps": sum(p.steps for p in played)}
 
 
 def scripted_actions(agent: Any, codec: ActionCodec, starts: int, horizon: int, rngs: Sequence[Any]) -> np.ndarray:

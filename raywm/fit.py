@@ -26,7 +26,7 @@ class Trainer:
         model: the world model; warm-started from where the last fit left it.
         seed: the run's seed; every fit derives its streams from it and the iteration.
         vision_steps, memory_steps: gradient steps of a fit at the most; vision_batch (frames), batch x sequence
-            (sequences x rows); lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out of training;
+            (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out;
         precision: of V's convolutions, fp32 | bf16 | auto (bf16 where the hardware multiplies it faster). M stays fp32.
         evaluate_every, patience: the fit stops when the held-out loss has not improved for so many looks, and
             keeps the best weights.
@@ -42,7 +42,8 @@ class Trainer:
         memory_steps: int = 1500,
         batch: int = 32,
         sequence: int = 64,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
+        vision_lr: float = 1e-3,
         held_out: float = 0.1,
         patience: int = 5,
         evaluate_every: int = 100,
@@ -51,10 +52,11 @@ class Trainer:
     ):
         self.model, self.seed, self.device = model.to(device), seed, device
         self.steps = {"vision": vision_steps, "memory": memory_steps}
-        self.vision_batch, self.batch, self.sequence, self.lr = vision_batch, batch, sequence, lr
+        self.vision_batch, self.batch, self.sequence = vision_batch, batch, sequence
+        self.lr = {p: vision_lr if p == "vision" else lr for p in model.phases}
         self.held_out, self.patience, self.evaluate_every = held_out, patience, evaluate_every
         self.bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-        self.optimisers = {p: torch.optim.Adam(self._parameters(p), lr=lr, foreach=True) for p in model.phases}
+        self.optimisers = {p: torch.optim.Adam(self._parameters(p), self.lr[p], foreach=True) for p in model.phases}
         self.latents: dict[str, dict[str, np.ndarray]] = {}  # of the last fit's episodes, by id
 
     def _parameters(self, phase: str) -> list[torch.nn.Parameter]:
@@ -153,7 +155,7 @@ class Trainer:
             torch.manual_seed(derive(self.seed, "fit", phase, iteration, "torch"))
             for step in range(1, steps + 1):
                 for group in optimiser.param_groups:
-                    group["lr"] = self.lr * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+                    group["lr"] = self.lr[phase] * (0.55 + 0.45 * math.cos(math.pi * step / steps))
                 model.train()
                 batch = train.sample(size, length, draw, latents).to(self.device)
                 with self._autocast(phase):

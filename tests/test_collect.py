@@ -225,8 +225,8 @@ def test_ray_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp
     assert sorted(reported) == [(n, 20, 20.0) for n in range(24)]
     assert played == [(3, 20, 20.0), (1, 20, 20.0)]
     ids = sorted(expected)
-    assert ray_session.get(store.commit.remote([*ids, "collect-000000099"])) == ["collect-000000099"]
-    assert ray_session.get(store.commit.remote(ids)) == []
+    assert ray_session.get(store.commit.remote([*ids, "collect-000000099"])) == len(ids)
+    assert ray_session.get(store.commit.remote(ids)) == len(ids)
     ray_session.get(store.close.remote())
     ray_session.kill(store)
     with EpisodeStore(path, read_only=True) as kept:

@@ -40,7 +40,6 @@ class DreamWorker:
     ):
         if threads:
             torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)  # a dream past its end saturates gates, and denormals make products 3x slower
         self.model = build_model(**spec["model"]).to(device).eval()
         self.controller, self.codec = Controller(**spec["controller"]), spec["codec"]
         self.starts, self.horizon, self.temperature = starts, horizon, temperature
@@ -49,7 +48,7 @@ class DreamWorker:
         self.pool: State = {}
 
     def load(self, weights: dict[str, torch.Tensor], pool: State) -> None:
-        """Take a model's weights and the real states that dreams may start from, leaves (N, ...)."""
+        """Take a model's weights and the first real observations, as the model encodes them: leaves (N, ...)."""
         self.model.load_state_dict(weights)
         self.dreamer = self.model.dreamer(self.precision)
         self.pool = {k: v.to(self.device) for k, v in pool.items()}
@@ -57,23 +56,24 @@ class DreamWorker:
     def _begin(self, seed: int, dreams: int) -> tuple[State, torch.Generator]:
         rng = torch.Generator(self.device).manual_seed(seed)
         count = next(iter(self.pool.values())).shape[0]
-        index = torch.randint(count, (dreams,), generator=rng, device=self.device)
-        return self.perturb(take(self.pool, index), rng), rng
+        return self._start(torch.randint(count, (dreams,), generator=rng, device=self.device), rng), rng
 
-    def perturb(self, start: State, rng: torch.Generator) -> State:
-        """A start's latent is a distribution: dreams begin at samples of it."""
-        if "z_std" not in start:
-            return start
-        state = {k: v for k, v in start.items() if k != "z_std"}
-        noise = torch.randn(state["z"].shape, generator=rng, device=rng.device)
-        return state | {"z": state["z"] + start["z_std"] * noise}
+    @torch.inference_mode()
+    def _start(self, index: torch.Tensor, rng: torch.Generator) -> State:
+        """Dreams begin where episodes do: at the posterior of a real first observation."""
+        rows = len(index)
+        nothing = torch.zeros(rows, self.model.act_dim, device=self.device)
+        first = torch.ones(rows, dtype=torch.bool, device=self.device)
+        noise = self.model.noise(rows, rng)
+        return self.model.posterior(self.model.initial(rows), nothing, take(self.pool, index), first, noise)
 
-    def evaluate(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
-        """Mean dream returns (P,) of controllers (P, D), and the dream steps they lived."""
+    def evaluate(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Mean dream returns (P,) of controllers (P, D), and the dream steps each of them lived (P,)."""
         start, rng = self._begin(seed, self.starts)
         policy = PopulationPolicy(self.controller, self.codec, torch.tensor(theta, dtype=torch.float32).to(self.device))
         total, length = self._returns(policy, start, rng, len(theta))
-        return total.view(len(theta), -1).mean(1).double().cpu().numpy(), int(length.sum())
+        total, length = total.double().view(len(theta), -1), length.view(len(theta), -1)
+        return total.mean(1).cpu().numpy(), length.sum(1).long().cpu().numpy()
 
     def rate(self, theta: np.ndarray, seed: int, dreams: int = 256) -> tuple[float, int]:
         """One controller's (D,) mean return over many dreams, and the steps it lived."""
@@ -100,7 +100,7 @@ class DreamWorker:
         rng = torch.Generator(self.device).manual_seed(seed)
         count = next(iter(self.pool.values())).shape[0]
         index = torch.arange(actions.shape[1], device=self.device) % count
-        start = self.perturb(take(self.pool, index), rng)
+        start = self._start(index, rng)
         total, length = self._returns(lambda _, t: given[t], start, rng, 1)
         return total.double().cpu().numpy(), length.double().cpu().numpy()
 

@@ -16,9 +16,7 @@ import torch
 from raywm.collect import Collector
 from raywm.config import RunConfig
 from raywm.data.store import EpisodeStore
-from raywm.loops.parts import Parts, chunks, units
-
-Played = tuple[int, int, float]  # episode number, steps, return
+from raywm.loops.parts import Parts, Played, chunks, joined, stored, units
 
 
 class InProcess:
@@ -38,6 +36,7 @@ class InProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.collector.close()
         self.store.close()
 
     # ------------------------------------------------------------------------------------------------ reality
@@ -48,18 +47,26 @@ class InProcess:
 
     def collect(self, numbers: Iterable[int], stream: str) -> Iterator[Played]:
         """Play episodes `numbers` and hold them until `commit`; in the order of their ends."""
-        self._staged.clear()
         for chunk in chunks(numbers, self.config.collect.envs):
             for episode in self.collector.collect(self._agent, chunk, stream):
                 number = int(episode.info["number"])
                 self._staged[number] = episode
                 yield number, episode.steps, episode.ret
 
-    def commit(self, numbers: Sequence[int]) -> None:
-        """Write these of the held episodes to the store, in this order, and forget the others."""
+    def kept(self, first: int, stream: str) -> list[Played]:
+        """The episodes from number `first` on, without a gap, that the store already holds."""
+        return list(stored(self.store, first, stream))
+
+    def commit(self, numbers: Sequence[int], stream: str) -> int:
+        """Write these of the held episodes to the store, in this order; how many it still held, and has written."""
         for number in numbers:
-            self.store.add(self._staged[number])
+            self.store.add(self._staged.pop(number))
+        return len(numbers)
+
+    def settle(self) -> None:
+        """Forget what is still held, and see what was written onto the disk."""
         self._staged.clear()
+        self.store.seal()
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them, in order of their numbers."""
@@ -88,16 +95,18 @@ class InProcess:
     ) -> dict[str, Any]:
         """Fit from these weights to these episodes; see `FitWorker.fit`."""
         self.fitter.load(weights, optimisers)
+        torch.set_num_threads(self.parts.fit_arguments()["threads"])
         return self.fitter.fit(self.store.snapshot(ids), iteration, report)
 
     def load_dream(self, weights: dict[str, torch.Tensor], starts: dict[str, torch.Tensor]) -> None:
         """The model that is dreamt in from now on."""
+        torch.set_num_threads(self.config.dream.threads)  # of all dreams that follow
         self.dreamer.load(weights, starts)
 
     def fitness(self, theta: np.ndarray, seed: int) -> tuple[np.ndarray, int]:
         """Mean dream returns (P,) of controllers (P, D) and the dream steps it took."""
         parts = [self.dreamer.evaluate(unit, seed) for unit in units(theta, self.config.dream.unit)]
-        return np.concatenate([p[0] for p in parts])[: len(theta)], sum(p[1] for p in parts)
+        return joined(parts, len(theta))
 
     def rate(self, theta: np.ndarray, seed: int) -> tuple[float, int]:
         """One controller's mean return over many dreams."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -13,7 +14,7 @@ import torch
 from raywm.agent import MixedAgent, RandomAgent, StickyAgent
 from raywm.config import RunConfig
 from raywm.controllers import Controller, ControllerAgent
-from raywm.data.store import Snapshot
+from raywm.data.store import EpisodeStore, Snapshot
 from raywm.envs import make_env
 from raywm.evaluate import open_loop_error
 from raywm.fit import Trainer
@@ -22,6 +23,7 @@ from raywm.models import build_model
 from raywm.seeding import derive
 from raywm.spaces import ActionCodec, columns_to_json, is_image
 
+Played = tuple[int, int, float]  # episode number, steps, return
 DEFAULT_HORIZON = 1000  # of dreams of an environment that names no time limit
 
 
@@ -34,7 +36,7 @@ class Parts:
         try:
             self.columns = dict(env.observation_space.spaces)
             self.codec = ActionCodec(env.action_space)
-            limit = time_limit(env)
+            limit = config.env.time_limit or time_limit(env)
             self.time_limit = -(-limit // config.env.action_repeat) if limit else None  # steps of the longest episode
             self.horizon = config.dream.horizon or self.time_limit or DEFAULT_HORIZON
         finally:
@@ -77,7 +79,11 @@ class Parts:
         return DreamWorker(self.spec, **self.dream_arguments())
 
     def fit_worker(self) -> FitWorker:
-        return FitWorker(self.spec, self.config.seed, dict(self.config.fit))
+        return FitWorker(self.spec, self.config.seed, self.fit_arguments())
+
+    def fit_arguments(self) -> dict[str, Any]:
+        """Arguments of the run's `FitWorker`. Threads are counted here, once: another count may round differently."""
+        return {**dict(self.config.fit), "threads": self.config.fit.threads or cores()}
 
 
 def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
@@ -102,9 +108,11 @@ class FitWorker:
 
     def __init__(self, spec: dict[str, Any], seed: int, fit: dict[str, Any]):
         fit = dict(fit)
-        if threads := fit.pop("threads"):
-            torch.set_num_threads(threads)
-        device = "cuda" if fit.pop("num_gpus") and torch.cuda.is_available() else "cpu"
+        torch.set_num_threads(fit.pop("threads"))
+        gpu = fit.pop("num_gpus") > 0
+        if gpu and not torch.cuda.is_available():
+            raise ValueError("got fit.num_gpus > 0, but this torch sees no GPU; install a CUDA build, or set it to 0")
+        device = "cuda" if gpu else "cpu"
         self.seed, self.codec, self.held_out = seed, spec["codec"], fit["held_out"]
         self.trainer = Trainer(build_model(**spec["model"]), seed, device=device, **fit)
 
@@ -117,8 +125,8 @@ class FitWorker:
         """Fit to a snapshot.
 
         Returns:
-            "weights", "optimisers" (flat dicts of CPU tensors), "rows" (metrics by look), "starts" (the states on
-            first rows, with "z_std"), "quality" (open-loop error on held-out episodes).
+            "weights", "optimisers" (flat dicts of CPU tensors), "rows" (metrics by look), "starts" (the first
+            observations as encoded), "quality" (open-loop error on held-out episodes).
         """
         trainer = self.trainer
         rows = trainer.fit(snapshot, iteration, report)
@@ -128,9 +136,7 @@ class FitWorker:
         latents = [trainer.latents[e.id] for e in held.episodes]
         quality = open_loop_error(model, self.codec, held.episodes, latents, rng)
         firsts = [trainer.latents[e.id] for e in snapshot.episodes]
-        starts = model.initial(len(firsts))
-        starts["z"] = torch.from_numpy(np.stack([z["z_mean"][0] for z in firsts]))
-        starts["z_std"] = torch.from_numpy(np.stack([z["z_std"][0] for z in firsts]))
+        starts = {k: torch.from_numpy(np.stack([columns[k][0] for columns in firsts])) for k in firsts[0]}
         weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         trainer.model.to(trainer.device)
         return {
@@ -147,6 +153,27 @@ def units(theta: np.ndarray, size: int) -> list[np.ndarray]:
     short = -len(theta) % size
     padded = np.concatenate([theta, np.repeat(theta[-1:], short, 0)])
     return list(padded.reshape(-1, size, theta.shape[1]))
+
+
+def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[np.ndarray, int]:
+    """Units' fitnesses as one (P,), and the dream steps of those that count: what fills up a unit does not."""
+    return np.concatenate([p[0] for p in parts])[:count], int(np.concatenate([p[1] for p in parts])[:count].sum())
+
+
+def stored(store: EpisodeStore, first: int, stream: str) -> Iterator[tuple[int, int, float]]:
+    """(number, steps, return) of a stream's episodes in the store from number `first` on, up to the first gap.
+
+    An episode is a function of its number and of who played it, so one that was written before a crash counts."""
+    have = set(store.ids())
+    while (id := f"{stream}-{first:09d}") in have:
+        episode = store.get(id)
+        yield first, episode.steps, episode.ret
+        first += 1
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def chunks(numbers: Iterable[int], size: int) -> Iterator[list[int]]:

@@ -23,11 +23,12 @@ from raywm.evaluate import scripted_actions, summarise
 from raywm.learners.cmaes import CMAES
 from raywm.learners.reinforce import Reinforce
 from raywm.log import RunLog
-from raywm.loops.parts import Parts, in_order
+from raywm.loops.parts import Parts, Played, in_order
 from raywm.seeding import derive
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
 TRIALS = BLOCK // 2
+COMMIT_EVERY = 16  # episodes
 CALIBRATION_DREAMS = 128
 SAVE_EVERY_S = 15.0
 
@@ -61,6 +62,7 @@ class VMC:
             "dream_return_mean": None,
             "best_dream_return_mean": None,
             "calibration_gap": None,
+            "best_calibration_gap": None,
             "worker_deaths": 0,
             "wall_seconds": 0.0,
             "stopped": None,
@@ -73,8 +75,10 @@ class VMC:
         if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
             state.update(phase="collect", stopped=None, iteration=state["iteration"] + 1)
         if state["phase"] == "done" and summary.exists():
-            return json.loads(summary.read_text())
-        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
+            done: dict[str, Any] = json.loads(summary.read_text())
+            if done["real_return_episodes"] == self.config.evaluate.episodes:
+                return done
+        phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "rate", "trial")
         while state["phase"] in phases:
             getattr(self, state["phase"])()
             at = phases.index(state["phase"])
@@ -109,7 +113,7 @@ class VMC:
     def trial(self) -> None:
         """C without exploration: its episodes decide whether to stop, and are data like any other."""
         state, count = self.state, self.config.target.episodes
-        if self._spent():
+        if self._trial_is_too_dear():  # half a trial must not decide anything
             if state["best_trial"] is None:  # never tried, but the only one there is
                 self._keep()
             return
@@ -127,33 +131,65 @@ class VMC:
             state["best_trial"] = real
             self._keep()
 
+    def _trial_is_too_dear(self) -> bool:
+        return self._spent((self.config.target.episodes - 1) * (self.parts.time_limit or 1))
+
     def _keep(self) -> None:
         """This turn's controller is the best so far."""
         state = self.state
-        state.update(best_iteration=state["iteration"], best_dream_return_mean=state["dream_return_mean"])
+        state["best_iteration"] = state["iteration"]
+        for figure in ("dream_return_mean", "calibration_gap"):
+            state[f"best_{figure}"] = state[figure]
         self.best_weights, self.best_theta = self.weights, self.theta
 
     def _take(
         self, first: int, *, steps: int | None = None, episodes: int | None = None, label: str
     ) -> list[tuple[int, int, float]]:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
-        steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster."""
-        taken: list[tuple[int, int, float]] = []
-        total = 0
-        numbers = itertools.count(first) if episodes is None else range(first, first + episodes)
+        steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster.
+
+        They are written as they come, so a run that is killed here does not play them again."""
         goal = steps if episodes is None else episodes
+        taken: list[Played] = []
+        total = 0
+
+        def enough() -> bool:
+            return (steps is not None and total >= steps) or len(taken) == episodes or self._spent(total)
+
         with self.log.progress(label, goal) as bar:
-            results = self.executor.collect(numbers, "collect")
-            try:
-                for number, length, ret in in_order(results, first):
-                    taken.append((number, length, ret))
-                    total += length
-                    bar.advance(1 if episodes else length)
-                    if (steps is not None and total >= steps) or self._spent(total) or len(taken) == episodes:
-                        break
-            finally:  # also when an environment breaks: what it has cost so far is not lost
-                results.close()
-                self.executor.commit([t[0] for t in taken])
+
+            def take(played: Played) -> bool:
+                nonlocal total
+                taken.append(played)
+                total += played[1]
+                bar.advance(1 if episodes else played[1])
+                return enough()
+
+            for played in self.executor.kept(first, "collect"):  # before a crash; as good as played now
+                if take(played):
+                    break
+            while not enough():
+                begin = first + len(taken)
+                numbers = itertools.count(begin) if episodes is None else range(begin, first + episodes)
+                results = self.executor.collect(numbers, "collect")
+                fresh: list[Played] = []
+                try:
+                    for played in in_order(results, begin):
+                        fresh.append(played)
+                        over = take(played)
+                        if over or len(fresh) == COMMIT_EVERY:
+                            if self.executor.commit([n for n, *_ in fresh], "collect") < len(fresh):
+                                break
+                            fresh = []
+                        if over:
+                            break
+                finally:
+                    results.close()
+                    if fresh:  # an environment broke, or a lost store forgot some: what it knows is written
+                        lost = fresh[self.executor.commit([n for n, *_ in fresh], "collect") :]
+                        del taken[len(taken) - len(lost) :]
+                        total -= sum(length for _, length, _ in lost)
+            self.executor.settle()
         self.state["accepted"] += [f"collect-{t[0]:09d}" for t in taken]
         self.state["real_env_steps"] += total
         return taken
@@ -211,14 +247,9 @@ class VMC:
     def evolve(self) -> None:
         """C in the dream, by CMA-ES or REINFORCE."""
         if self.config.evolve.where == "real":
-            self.state["dream_return_mean"] = None
             return
         self.executor.load_dream(self.weights, self.starts)
         self._search_dream() if self.config.evolve.learner == "cmaes" else self._climb_dream()
-        seed = derive(self.config.seed, "rate", self.state["iteration"])
-        self.state["dream_return_mean"], steps = self.executor.rate(self.theta, seed)
-        self.state["dream_steps"] += steps
-        self._tell("dream", return_mean=self.state["dream_return_mean"])
 
     def evolve_real(self) -> None:
         """C in the real environment; its steps count as real ones."""
@@ -238,6 +269,14 @@ class VMC:
             self.state["real_env_steps"] += steps
             self._generation(es, generation, fitness, "real")
         self._finish_search(es)
+
+    def rate(self) -> None:
+        """What the controller that will be tried earns in the dream, wherever it was evolved: for the dream gap."""
+        self.executor.load_dream(self.weights, self.starts)
+        seed = derive(self.config.seed, "rate", self.state["iteration"])
+        self.state["dream_return_mean"], steps = self.executor.rate(self.theta, seed)
+        self.state["dream_steps"] += steps
+        self._tell("dream", return_mean=self.state["dream_return_mean"])
 
     def _search_dream(self) -> None:
         evolve, state = self.config.evolve, self.state
@@ -309,7 +348,7 @@ class VMC:
         target, state = self.config.target.real_return, self.state
         if target is not None and state["best_trial"] is not None and state["best_trial"] >= target:
             return f"target return {target:g} reached"
-        if self._spent():
+        if self._trial_is_too_dear():
             return f"budget of {self.config.budget.real_steps} real steps spent"
         if state["iteration"] + 1 >= self.config.iterations:
             return f"{self.config.iterations} iterations done"
@@ -334,7 +373,7 @@ class VMC:
             "random_return_mean": float(np.mean(state["random"])),
             "dream_return_mean": dreamt,
             "dream_gap": None if dreamt is None else dreamt - mean,
-            "calibration_gap": state["calibration_gap"],
+            "calibration_gap": state["best_calibration_gap"],
             "real_env_steps": state["real_env_steps"],
             "eval_env_steps": sum(p[1] for p in played),
             "dream_steps": state["dream_steps"],

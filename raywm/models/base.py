@@ -94,9 +94,9 @@ class WorldModel(nn.Module, ABC):
     def adapt(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """Take the scales of the data (of observation columns, rewards, ...) before a fit; nothing by default."""
 
+    @abstractmethod
     def zero_noise(self, batch: int) -> Noise:
         """Noise under which a step takes its most central value: how an agent acts outside a dream."""
-        raise NotImplementedError
 
 
 def repeat(state: State, times: int) -> State:

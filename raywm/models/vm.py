@@ -76,6 +76,8 @@ class MDNRNN(nn.Module):
         self.head_sizes = [logits, mixtures * latent, mixtures * latent]
         # the mixture sees z and the action as well as h: what a step changes need not pass through the cell
         self.mixture = mlp([hidden + latent + act_dim, head_hidden, sum(self.head_sizes)])
+        with torch.no_grad():  # components that begin alike learn alike, and one mode hides the other
+            self.mixture[-1].bias[logits : logits + mixtures * latent].normal_()
         self.reward = mlp([hidden + 2 * latent + act_dim, head_hidden, 1])
         self.end = mlp([hidden + 2 * latent + act_dim, head_hidden, 1])
 
@@ -264,7 +266,7 @@ class VM(WorldModel):
 
         With a fixed variance small moving things, which are what kills, are not worth their KL."""
         rows, steps = batch.reward.shape
-        total = torch.zeros(rows * steps)
+        total = batch.reward.new_zeros(rows * steps)
         metrics: dict[str, Tensor] = {}
         latents = []
         for name, net in self.vision.nets.items():

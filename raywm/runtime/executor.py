@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywm.config import RunConfig
 from raywm.learners.fitness import DreamWorker
-from raywm.loops.executor import Played
-from raywm.loops.parts import Parts, chunks, units
+from raywm.loops.parts import Parts, Played, chunks, joined, units
 from raywm.runtime.cluster import connect
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.workers import Board, CollectWorker, FitActor, StoreWorker
@@ -40,12 +40,14 @@ class RayExecutor:
 
     def __init__(self, config: RunConfig, out: Path, address: str | None = None, say: Callable[[str], None] = print):
         self.config, self.parts, self.say = config, Parts(config), say
-        self.threads = config.fit.threads or 1
+        fit = self.parts.fit_arguments()
+        self.threads = fit["threads"] if config.fit.threads else 1  # all cores of a laptop are not asked for twice
         needed = config.collect.workers + config.dream.workers * config.dream.threads + self.threads
         self._started = not ray.is_initialized()
         modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
         connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.node = ray.get_runtime_context().get_node_id()
+        here = NodeAffinitySchedulingStrategy(self.node, soft=False)
         columns, codec = self.parts.columns, self.parts.codec
         path = str((Path(out) / "episodes").resolve())
         self.store = (
@@ -55,7 +57,7 @@ class RayExecutor:
         )
         self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._pools: dict[str, WorkerPool] = {}
-        ray.get(self.store.where.remote())  # a broken store speaks up here
+        self._ask(self.store.where)  # a broken store speaks up here
 
     # ------------------------------------------------------------------------------------------------ workers
 
@@ -70,12 +72,18 @@ class RayExecutor:
                     "count": c.collect.workers,
                     "options": {"num_cpus": 1},
                     "timeout_s": c.collect.timeout_s,
+                    "inflight": 1,  # what is under way when there is enough is played for nothing
                 },
                 "fit": lambda: {
                     "cls": FitActor,
-                    "args": (spec, c.seed, dict(c.fit), self.store, self.board),
+                    "args": (spec, c.seed, self.parts.fit_arguments(), self.store, self.board),
                     "count": 1,
-                    "options": {"num_cpus": self.threads, "num_gpus": c.fit.num_gpus},
+                    "options": {
+                        "num_cpus": self.threads,
+                        "num_gpus": c.fit.num_gpus,
+                        # beside the episodes if that node has room: elsewhere they travel through the object store
+                        "scheduling_strategy": NodeAffinitySchedulingStrategy(self.node, soft=True),
+                    },
                     "timeout_s": None,
                 },
                 "dream": lambda: {
@@ -88,11 +96,6 @@ class RayExecutor:
             }
             self._pools[name] = WorkerPool(name=name, on_death=self._on_death, say=self.say, **kinds[name]())
         return self._pools[name]
-
-    def warm(self) -> None:
-        """Start all workers now, while there is something else to do."""
-        for name in ("collect", "fit", "dream"):
-            self._pool(name)
 
     def _on_death(self, pool: str, reason: str) -> None:
         self.say(f"{pool}: {reason}; its work goes to another")
@@ -133,24 +136,31 @@ class RayExecutor:
             size = max(1, min(size, -(-len(numbers) // self.config.collect.workers)))
         work = ((tuple(c), (c, stream)) for c in chunks(numbers, size))
         results = self._pool("collect").map("collect", work)
-        self._stream = stream
         try:
             for _, played in results:
                 yield from played
         finally:
             results.close()
 
-    def commit(self, numbers: Sequence[int]) -> None:
-        """Have the store write these of the held episodes, in this order; what a lost store forgot is played again."""
-        ids = [f"{self._stream}-{n:09d}" for n in numbers]
-        for _ in range(5):
-            missing = ray.get(self.store.commit.remote(ids))
-            if not missing:
-                return
-            again = [int(i.rsplit("-", 1)[1]) for i in missing]
-            for _ in self._pool("collect").map("collect", [(tuple(again), (again, self._stream))]):
-                pass
-        raise RuntimeError(f"the store lost episodes {missing[:3]}... five times over; look at its node")
+    def kept(self, first: int, stream: str) -> list[Played]:
+        """The episodes from number `first` on, without a gap, that the store already holds."""
+        return self._ask(self.store.kept, first, stream)
+
+    def commit(self, numbers: Sequence[int], stream: str) -> int:
+        """Have the store write these of the held episodes, in this order, up to the first that it does not know (it
+        died and was restarted since); how many it has written."""
+        return self._ask(self.store.commit, [f"{stream}-{n:09d}" for n in numbers])
+
+    def settle(self) -> None:
+        """Forget what is still held, and see what was written onto the disk."""
+        self._ask(self.store.settle)
+
+    def _ask(self, method: Any, *args: Any) -> Any:
+        """Call the store; what it raises comes as itself."""
+        try:
+            return ray.get(method.remote(*args))
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them, in order of their numbers."""
@@ -204,7 +214,7 @@ class RayExecutor:
         work = [(i, (unit, seed)) for i, unit in enumerate(units(theta, self.config.dream.unit))]
         done = dict(self._pool("dream").map("evaluate", work))
         parts = [done[i] for i in range(len(work))]
-        return np.concatenate([p[0] for p in parts])[: len(theta)], sum(p[1] for p in parts)
+        return joined(parts, len(theta))
 
     def _one(self, method: str, *args: Any) -> Any:
         ((_, result),) = self._pool("dream").map(method, [(method, args)])

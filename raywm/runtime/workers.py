@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,28 +23,47 @@ class StoreWorker:
     """
 
     def __init__(self, path: str, columns: dict[str, Any], codec: Any):
-        self.store = EpisodeStore(Path(path), columns=columns, codec=codec)
+        self._arguments = path, columns, codec
+        self._store: EpisodeStore | None = None
         self._staged: dict[str, pa.Table] = {}
+
+    @property
+    def store(self) -> EpisodeStore:
+        """Opened by the first call and not by the constructor, whose errors Ray would not pass on as themselves."""
+        if self._store is None:
+            path, columns, codec = self._arguments
+            self._store = EpisodeStore(Path(path), columns=columns, codec=codec)
+        return self._store
 
     def stage(self, id: str, table: pa.Table) -> None:
         """Hold an episode, by reference to the object store."""
         self._staged[id] = table
 
-    def commit(self, ids: Sequence[str]) -> list[str]:
-        """Write these episodes, in this order, and forget the others. Returns those that are nowhere."""
+    def commit(self, ids: Sequence[str]) -> int:
+        """Write these episodes, in this order, up to the first that is nowhere; how many are in the store now."""
         have = set(self.store.ids())
-        missing = [i for i in ids if i not in have and i not in self._staged]
-        if missing:
-            return missing
-        for i in ids:
-            if i not in have:
-                self.store.add(self._staged[i])
+        for count, id in enumerate(ids):
+            if id not in have and id not in self._staged:
+                return count
+            episode = self._staged.pop(id, None)
+            if id not in have:
+                self.store.add(episode)
+        return len(ids)
+
+    def kept(self, first: int, stream: str) -> list[tuple[int, int, float]]:
+        """See `raywm.loops.parts.stored`."""
+        from raywm.loops.parts import stored
+
+        return list(stored(self.store, first, stream))
+
+    def settle(self) -> None:
+        """Forget what is still held, and see what was written onto the disk."""
         self._staged.clear()
-        return []
+        self.store.seal()
 
     def where(self) -> tuple[str, str]:
-        """Host and path, for readers that can map the segments themselves."""
-        return socket.gethostname(), str(self.store.path)
+        """Node and path, for readers that can map the segments themselves."""
+        return ray.get_runtime_context().get_node_id(), str(self.store.path)
 
     def read(self, ids: Sequence[str]) -> list[pa.Table]:
         """Episodes for a reader on another machine."""
@@ -95,17 +112,15 @@ class FitActor:
     def __init__(self, spec: dict[str, Any], seed: int, fit: dict[str, Any], store: Any, board: Any):
         from raywm.loops.parts import FitWorker
 
-        if not fit["threads"]:
-            fit = {**fit, "threads": os.cpu_count() or 1}
         self.worker, self.store, self.board, self.codec = FitWorker(spec, seed, fit), store, board, spec["codec"]
 
     def load(self, weights: dict[str, Any], optimisers: dict[str, Any]) -> None:
         self.worker.load(weights, optimisers)
 
     def fit(self, ids: Sequence[str], iteration: int) -> dict[str, Any]:
-        host, path = ray.get(self.store.where.remote())
+        node, path = ray.get(self.store.where.remote())
         local = None
-        if host == socket.gethostname() and os.path.isdir(path):
+        if node == ray.get_runtime_context().get_node_id():
             local = EpisodeStore(Path(path), codec=self.codec, read_only=True)
             episodes = [local.get(i) for i in ids]
         else:

@@ -111,6 +111,9 @@ class FitConfig(Section):
     vision_steps: Count = Field(2000, description="Gradient steps of V a turn, at most.")
     vision_batch: Count = Field(128, description="Frames a batch of V.")
     memory_steps: Count = Field(1500, description="Gradient steps of M a turn, at most.")
+    refit: Annotated[float, BeforeValidator(_number)] = Field(
+        0.5, gt=0, le=1, description="Share of these steps in the turns after the first, which start from its weights."
+    )
     batch: Count = Field(32, description="Sequences a batch of M.")
     sequence: int = Field(32, ge=2, description="Rows a sequence.")
     lr: Positive = Field(3e-3, description="Adam's learning rate for M.")

@@ -25,8 +25,8 @@ class Trainer:
     Args:
         model: the world model; warm-started from where the last fit left it.
         seed: the run's seed; every fit derives its streams from it and the iteration.
-        vision_steps, memory_steps: gradient steps of a fit at the most; vision_batch (frames), batch x sequence
-            (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out;
+        vision_steps, memory_steps: gradient steps of a fit at the most; refit: share of them after iteration 0;
+            vision_batch (frames), batch x sequence (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out;
         precision: of V's convolutions, fp32 | bf16 | auto (bf16 where the hardware multiplies it faster). M stays fp32.
         evaluate_every, patience: the fit stops when the held-out loss has not improved for so many looks, and
             keeps the best weights.
@@ -44,6 +44,7 @@ class Trainer:
         sequence: int = 64,
         lr: float = 3e-3,
         vision_lr: float = 1e-3,
+        refit: float = 1.0,
         held_out: float = 0.1,
         patience: int = 5,
         evaluate_every: int = 100,
@@ -54,6 +55,7 @@ class Trainer:
         self.steps = {"vision": vision_steps, "memory": memory_steps}
         self.vision_batch, self.batch, self.sequence = vision_batch, batch, sequence
         self.lr = {p: vision_lr if p == "vision" else lr for p in model.phases}
+        self.refit = refit
         self.held_out, self.patience, self.evaluate_every = held_out, patience, evaluate_every
         self.bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
         self.optimisers = {p: torch.optim.Adam(self._parameters(p), self.lr[p], foreach=True) for p in model.phases}
@@ -149,7 +151,7 @@ class Trainer:
         draw = stream(self.seed, "fit", phase, iteration)
         looks = stream(self.seed, "held-out", phase, iteration)
         held_batches = [held.sample(size, length, looks, held_latents) for _ in range(1 if vision else 4)]
-        steps = self.steps[phase]
+        steps = self.steps[phase] if iteration == 0 else math.ceil(self.steps[phase] * self.refit)
         best, best_weights, since, rows = math.inf, None, 0, []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive(self.seed, "fit", phase, iteration, "torch"))

@@ -48,6 +48,12 @@ def random_state(model, rows, seed=0):
     return {k: torch.randn(v.shape, generator=rng) * 0.5 for k, v in model.initial(rows).items()}
 
 
+def first_observations(rows, seed=0):
+    """As a vision encodes them: what dream workers begin at."""
+    rng = torch.Generator().manual_seed(seed)
+    return {"z_mean": torch.randn(rows, 4, generator=rng), "z_std": torch.rand(rows, 4, generator=rng)}
+
+
 def population(model, count, seed=0):
     controller = Controller(model.feat_dim, CODEC.dim)
     rng = np.random.default_rng(seed)
@@ -198,7 +204,7 @@ def test_returns_do_not_depend_on_the_unit(precision):
     }
     workers = [DreamWorker(spec, starts=6, horizon=20, precision=precision) for _ in range(2)]
     for worker in workers:
-        worker.load(model.state_dict(), random_state(model, 30) | {"z_std": torch.full((30, 4), 0.1)})
+        worker.load(model.state_dict(), first_observations(30))
     theta = theta.double().numpy()
     a = np.concatenate([workers[0].evaluate(unit, 5)[0] for unit in (theta[:4], theta[4:8], theta[8:])])
     order = np.random.default_rng(0).permutation(12)
@@ -220,7 +226,7 @@ def test_worker_dreams_in_the_weights_it_loaded_last():
     found = []
     for reward_mean in (0.0, 10.0):
         model.reward_mean.fill_(reward_mean)
-        worker.load(model.state_dict(), random_state(model, 4))
+        worker.load(model.state_dict(), first_observations(4))
         found.append(worker.evaluate(theta.numpy(), 0)[0])
     assert (found[1] > found[0] + 2).all()
 

@@ -230,7 +230,7 @@ def _run(
     address: str | None,
     in_process: bool,
 ) -> None:
-    with _errors():
+    with _errors() as fixes:
         config = configs.load(preset, overrides)
         if address is not None:
             config = config.model_copy(update={"address": address})
@@ -246,6 +246,7 @@ def _run(
             with RunLog(out, config.log.tensorboard, config.log.console) as log:
                 log.say(f"{out}: {config.env.id}, seed {config.seed}")
                 with _executor(config, out, in_process) as executor:
+                    fixes.append("what is done is kept: mend it, and continue with --resume")
                     if command == "collect":
                         from raywm.loops.vmc import collect as loop
                     else:
@@ -280,11 +281,11 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     path = out / "config.yaml"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: got a file, expected a directory")
-    if path.exists():
+    if path.exists() and _begun(out):
         if not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")
         configs.diff_for_resume(configs.load(path), config)
-    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    elif not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run (no config.yaml); give another --out")
     with clear_disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -293,6 +294,11 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         with clear_disk_errors(path):
             configs.save(config, path)
         yield
+
+
+def _begun(out: Path) -> bool:
+    """Whether a run has anything to lose; one that failed before its first episode may be started again as another."""
+    return any(out.glob("episodes/*.arrows*")) or any(out.glob("checkpoints/*/state.json"))
 
 
 def _lock(file: Any, out: Path) -> None:
@@ -320,10 +326,11 @@ def _interruptible(command: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can mend in one line; bugs keep their traceback."""
+def _errors() -> Iterator[list[str]]:
+    """What the user can mend in one line; bugs keep their traceback. `fixes`, what is yielded, end that line."""
+    fixes: list[str] = []
     try:
-        yield
+        yield fixes
     except (ValueError, OSError) as error:
         if _State.debug:
             traceback.print_exc()
@@ -331,7 +338,8 @@ def _errors() -> Iterator[None]:
         cause = getattr(error, "cause", None)
         shown = cause if isinstance(cause, Exception) else error
         text = shown.strerror if isinstance(shown, OSError) and shown.strerror and not shown.filename else str(shown)
-        typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
+        line = " ".join("; ".join([text, *(fix for fix in fixes if "--resume" not in text)]).split())
+        typer.secho(f"error: {line}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -73,6 +73,7 @@ class VMC:
         if state["phase"] in ("evaluate", "done") and self._stop() is None:  # a larger budget continues a finished run
             state.update(phase="collect", stopped=None, iteration=state["iteration"] + 1)
         if state["phase"] == "done" and summary.exists():
+            self.log.say(f"already finished: {state['stopped']}; more iterations or real steps would continue it")
             return json.loads(summary.read_text())
         phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "trial")
         while state["phase"] in phases:

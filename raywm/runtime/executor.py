@@ -18,7 +18,7 @@ from raywm.learners.fitness import DreamWorker
 from raywm.loops.executor import Played
 from raywm.loops.parts import Parts, chunks, units
 from raywm.runtime.cluster import connect
-from raywm.runtime.pool import WorkerPool
+from raywm.runtime.pool import PoolError, WorkerPool
 from raywm.runtime.workers import Board, CollectWorker, FitActor, StoreWorker
 
 
@@ -150,7 +150,7 @@ class RayExecutor:
             again = [int(i.rsplit("-", 1)[1]) for i in missing]
             for _ in self._pool("collect").map("collect", [(tuple(again), (again, self._stream))]):
                 pass
-        raise RuntimeError(f"the store lost episodes {missing[:3]}... five times over; look at its node")
+        raise PoolError(f"the store lost episodes {missing[:3]}... five times over; look at its node")
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them, in order of their numbers."""

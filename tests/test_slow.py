@@ -1,7 +1,5 @@
 """What takes minutes: drivers killed on Ray, learning, and a process whose entropy is known."""
 
-import json
-import math
 import multiprocessing
 import os
 import signal
@@ -9,20 +7,12 @@ import subprocess
 import sys
 import time
 
-import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
 import test_loop as loop
-import torch
 
 from raywm import config as configs
-from raywm.data.snapshot import Snapshot
-from raywm.envs.classic import BifurcationEnv, bifurcation_episodes
-from raywm.fit import Trainer
-from raywm.loops.executor import InProcess
-from raywm.models import build_model
-from raywm.spaces import ActionCodec
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -58,7 +48,7 @@ def test_a_stalled_environment_costs_a_collector(ray_session, tmp_path):
 def family(pid):
     """A process's descendants now, for whoever wants to see them gone."""
     try:
-        return {p for p in psutil.Process(pid).children(recursive=True)}
+        return set(psutil.Process(pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return set()
 
@@ -120,3 +110,37 @@ def test_a_train_command_killed_and_interrupted_at_any_time(reference, tmp_path)
         codes.append(child.returncode)
     assert child.returncode == 0, (times, codes, text)
     loop.same(loop.outcome(out), reference)
+
+
+# ------------------------------------------------------------------------------------------------ learning
+
+
+def test_cartpole_is_learned_in_dreams(tmp_path):
+    config = configs.load("cartpole", ["seed=11", "log.console=false", "fit.threads=1", "evaluate.episodes=50"])
+    summary = loop.run(config, tmp_path)
+    assert summary["real_return_mean"] >= 475
+    assert summary["real_env_steps"] <= 10_000 + 500
+
+
+def test_reinforce_learns_in_dreams(tmp_path):
+    config = configs.load(
+        "cartpole",
+        ["seed=5", "log.console=false", "fit.threads=1", "evolve.learner=reinforce", "evolve.generations=60"]
+        + ["iterations=3", "dream.horizon=200", "target.real_return=200", "evaluate.episodes=50"],
+    )
+    summary = loop.run(config, tmp_path)
+    climbs = [row["mean"] for row in loop.rows(tmp_path, "generation") if row["iteration"] == 0]
+    assert np.mean(climbs[-5:]) > 2 * np.mean(climbs[:5])
+    assert summary["real_return_mean"] > 3 * summary["random_return_mean"]
+
+
+# ------------------------------------------------------------------------------------------------ known entropy
+
+
+def test_a_bifurcation_is_predicted_to_its_entropy():
+    """With the default model settings, on 30,000 held-out steps."""
+    nll, entropy, weights = loop.predict_bifurcation(episodes=5000, steps=5000)
+    assert entropy - 0.02 < nll < entropy + 0.05
+    for weight in weights:
+        assert 0.4 < float(weight.mean()) < 0.6
+        assert float(((weight > 0.4) & (weight < 0.6)).float().mean()) > 0.9  # step by step, not only on average

@@ -112,7 +112,7 @@ class VMC:
         state, count = self.state, self.config.target.episodes
         if self._spent():
             if state["best_trial"] is None:  # never tried, but the only one there is
-                self.best_weights, self.best_theta = self.weights, self.theta
+                self._keep()
             return
         self.executor.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
         played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial")
@@ -125,8 +125,14 @@ class VMC:
             + ("" if dreamt is None else f", {dreamt:.1f} in the dream")
         )
         if state["best_trial"] is None or real >= state["best_trial"]:
-            state.update(best_trial=real, best_iteration=state["iteration"], best_dream_return_mean=dreamt)
-            self.best_weights, self.best_theta = self.weights, self.theta
+            state["best_trial"] = real
+            self._keep()
+
+    def _keep(self) -> None:
+        """This turn's controller is the best so far."""
+        state = self.state
+        state.update(best_iteration=state["iteration"], best_dream_return_mean=state["dream_return_mean"])
+        self.best_weights, self.best_theta = self.weights, self.theta
 
     def _take(
         self, first: int, *, steps: int | None = None, episodes: int | None = None, label: str

@@ -177,6 +177,7 @@ class RayExecutor:
         """Fit from these weights to these episodes; see `FitWorker.fit`."""
         pool = self._pool("fit")
         pool.broadcast("load", weights, optimisers)
+        ray.get(self.board.put.remote(None))  # or the end of the last fit would pass for progress of this one
         done = threading.Event()
 
         def watch() -> None:

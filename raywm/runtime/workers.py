@@ -130,7 +130,7 @@ class Board:
     def __init__(self) -> None:
         self._latest: dict[str, Any] | None = None
 
-    def put(self, progress: dict[str, Any]) -> None:
+    def put(self, progress: dict[str, Any] | None) -> None:
         self._latest = progress
 
     def get(self) -> dict[str, Any] | None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
+import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +60,7 @@ class _State:
 
 def main() -> None:
     """The `raywm` command."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     app()
 
 
@@ -281,14 +285,21 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     path = out / "config.yaml"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: got a file, expected a directory")
-    if path.exists() and _begun(out):
+    if path.exists() and not _nothing_yet(out):
         if not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")
         configs.diff_for_resume(configs.load(path), config)
     elif not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run (no config.yaml); give another --out")
-    with clear_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with clear_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write in it")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}; give another --out") from error
     with open(out / ".lock", "w") as lock:
         _lock(lock, out)
         with clear_disk_errors(path):
@@ -296,9 +307,15 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         yield
 
 
-def _begun(out: Path) -> bool:
-    """Whether a run has anything to lose; one that failed before its first episode may be started again as another."""
-    return any(out.glob("episodes/*.arrows*")) or any(out.glob("checkpoints/*/state.json"))
+def _nothing_yet(out: Path) -> bool:
+    """Whether `out` holds only what a run leaves that failed before its first episode: it may be started anew."""
+    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes"}
+    if {p.name for p in out.iterdir() if not p.name.startswith(".")} - made or any(out.glob("episodes/[!.]*")):
+        return False
+    try:
+        return bool(configs.load(out / "config.yaml"))
+    except ValueError:
+        return False
 
 
 def _lock(file: Any, out: Path) -> None:
@@ -338,7 +355,7 @@ def _errors() -> Iterator[list[str]]:
         cause = getattr(error, "cause", None)
         shown = cause if isinstance(cause, Exception) else error
         text = shown.strerror if isinstance(shown, OSError) and shown.strerror and not shown.filename else str(shown)
-        line = " ".join("; ".join([text, *(fix for fix in fixes if "--resume" not in text)]).split())
+        line = " ".join("; ".join([text, *(fix for fix in fixes if "continue" not in text)]).split())
         typer.secho(f"error: {line}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

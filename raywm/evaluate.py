@@ -31,18 +31,16 @@ def summarise(returns: Sequence[float], lengths: Sequence[int]) -> dict[str, flo
 
 
 def evaluate(agent: Any, env: Any, seed: int, episodes: int, envs: int = 8, progress: Any = None) -> dict[str, Any]:
-    """Play `episodes` episodes of `env` in this process; returns `summarise`'s numbers, "returns" and "steps"."""
+    """Play `episodes` episodes of `env` in this process; returns `summarise`'s numbers, "returns" and "steps".
+
+    `progress`, where given, is called with 1 as an episode ends.
+    """
     from raywm.collect import Collector
 
     collector = Collector(env, seed, envs)
-    played = []
-    for number, ret, steps, _ in collector.play(agent, range(episodes), "evaluate"):
-        played.append((number, ret, steps))
-        if progress is not None:
-            progress.advance(1)
-    played.sort()
-    out: dict[str, Any] = summarise([p[1] for p in played], [p[2] for p in played])
-    return out | {"returns": [p[1] for p in played], "steps": sum(p[2] for p in played)}
+    played = collector.play(agent, range(episodes), "evaluate", progress)
+    out: dict[str, Any] = summarise([p.ret for p in played], [p.steps for p in played])
+    return out | {"returns": [p.ret for p in played], "steps": sum(p.steps for p in played)}
 
 
 def scripted_actions(agent: Any, codec: ActionCodec, starts: int, horizon: int, rngs: Sequence[Any]) -> np.ndarray:

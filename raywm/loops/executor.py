@@ -16,7 +16,7 @@ import torch
 from raywm.collect import Collector
 from raywm.config import RunConfig
 from raywm.data.store import EpisodeStore
-from raywm.loops.parts import Parts, chunks, units
+from raywm.loops.parts import Parts, chunks, units, whole
 
 Played = tuple[int, int, float]  # episode number, steps, return
 
@@ -88,7 +88,7 @@ class InProcess:
     ) -> dict[str, Any]:
         """Fit from these weights to these episodes; see `FitWorker.fit`."""
         self.fitter.load(weights, optimisers)
-        return self.fitter.fit(self.store.snapshot(ids), iteration, report)
+        return self.fitter.fit(whole(self.store.readable(ids), ids, self.parts.codec), iteration, report)
 
     def load_dream(self, weights: dict[str, torch.Tensor], starts: dict[str, torch.Tensor]) -> None:
         """The model that is dreamt in from now on."""

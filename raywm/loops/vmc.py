@@ -182,6 +182,9 @@ class VMC:
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report
             )
+        if gone := sorted(set(self.state["accepted"]) - set(done["ids"])):
+            self.state["accepted"] = [i for i in self.state["accepted"] if i in set(done["ids"])]
+            self.log.say(f"{len(gone)} episodes are gone or damaged and left out: {', '.join(gone[:3])}, ...")
         for row in done["rows"]:
             self._tell("fit", **row)
         self._tell("quality", **done["quality"])

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import json
+import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +60,7 @@ class _State:
 
 def main() -> None:
     """The `raywm` command."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
     app()
 
 
@@ -230,7 +234,7 @@ def _run(
     address: str | None,
     in_process: bool,
 ) -> None:
-    with _errors():
+    with _errors() as fixes:
         config = configs.load(preset, overrides)
         if address is not None:
             config = config.model_copy(update={"address": address})
@@ -246,6 +250,7 @@ def _run(
             with RunLog(out, config.log.tensorboard, config.log.console) as log:
                 log.say(f"{out}: {config.env.id}, seed {config.seed}")
                 with _executor(config, out, in_process) as executor:
+                    fixes.append("what is done is kept: mend it, and continue with --resume")
                     if command == "collect":
                         from raywm.loops.vmc import collect as loop
                     else:
@@ -280,19 +285,37 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     path = out / "config.yaml"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: got a file, expected a directory")
-    if path.exists():
+    if path.exists() and not _nothing_yet(out):
         if not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")
         configs.diff_for_resume(configs.load(path), config)
-    elif out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    elif not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no run (no config.yaml); give another --out")
-    with clear_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with clear_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write in it")
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}; give another --out") from error
     with open(out / ".lock", "w") as lock:
         _lock(lock, out)
         with clear_disk_errors(path):
             configs.save(config, path)
         yield
+
+
+def _nothing_yet(out: Path) -> bool:
+    """Whether `out` holds only what a run leaves that failed before its first episode: it may be started anew."""
+    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes"}
+    if {p.name for p in out.iterdir() if not p.name.startswith(".")} - made or any(out.glob("episodes/[!.]*")):
+        return False
+    try:
+        return bool(configs.load(out / "config.yaml"))
+    except ValueError:
+        return False
 
 
 def _lock(file: Any, out: Path) -> None:
@@ -320,10 +343,11 @@ def _interruptible(command: Sequence[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """What the user can mend in one line; bugs keep their traceback."""
+def _errors() -> Iterator[list[str]]:
+    """What the user can mend in one line; bugs keep their traceback. `fixes`, what is yielded, end that line."""
+    fixes: list[str] = []
     try:
-        yield
+        yield fixes
     except (ValueError, OSError) as error:
         if _State.debug:
             traceback.print_exc()
@@ -331,7 +355,8 @@ def _errors() -> Iterator[None]:
         cause = getattr(error, "cause", None)
         shown = cause if isinstance(cause, Exception) else error
         text = shown.strerror if isinstance(shown, OSError) and shown.strerror and not shown.filename else str(shown)
-        typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
+        line = " ".join("; ".join([text, *(fix for fix in fixes if "continue" not in text)]).split())
+        typer.secho(f"error: {line}", fg="red", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -63,12 +63,23 @@ class Collector:
             reward = np.array(row.rewards, np.float32)
             yield Episode(f"{stream}-{row.number:09d}", obs, action, reward, *flags, info=self._info(row, agent))
 
-    def play(self, agent: Agent, numbers: Sequence[int], stream: str = "evaluate") -> list[Played]:
-        """Play the episodes `numbers` without keeping what was seen; in the order of `numbers`."""
+    def play(
+        self,
+        agent: Agent,
+        numbers: Sequence[int],
+        stream: str = "evaluate",
+        progress: Callable[[int], Any] | None = None,
+    ) -> list[Played]:
+        """Play the episodes `numbers` without keeping what was seen; in the order of `numbers`.
+
+        `progress`, where given, is called with 1 as an episode ends.
+        """
         played = {}
         for row, _ in self._play(agent, numbers, stream, keep=False):
             ret = float(np.array(row.rewards, np.float32).sum(dtype=np.float64))  # the very sum of Episode.ret
             played[row.number] = Played(row.number, ret, len(row.rewards) - 1, self._info(row, agent))
+            if progress is not None:
+                progress(1)
         return [played[number] for number in numbers]
 
     def close(self) -> None:

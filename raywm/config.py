@@ -205,7 +205,7 @@ class RunConfig(Section):
     def _empty_sections(cls, data: Any) -> Any:
         # "model:" with nothing below it is None in YAML and means the defaults
         if isinstance(data, dict):
-            return {k: {} if v is None and k != "address" else v for k, v in data.items()}
+            return {k: {} if v is None and k in SECTIONS else v for k, v in data.items()}
         return data
 
     @model_validator(mode="after")
@@ -240,6 +240,9 @@ def keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str
             yield from keys(field.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
+
+
+SECTIONS = sorted({key.partition(".")[0] for key in keys() if "." in key})
 
 
 def presets() -> list[str]:

@@ -42,10 +42,7 @@ def evaluate(
 
     collector = Collector(env, seed, envs)
     try:
-        played = []
-        for at in range(0, episodes, envs):
-            played += collector.play(agent, range(at, min(at + envs, episodes)), "evaluate")
-            progress(len(played) - at)
+        played = collector.play(agent, range(episodes), "evaluate", progress)
     finally:
         collector.close()
     out: dict[str, Any] = summarise([p.ret for p in played], [p.steps for p in played])

@@ -26,7 +26,8 @@ class Trainer:
         model: the world model; warm-started from where the last fit left it.
         seed: the run's seed; every fit derives its streams from it and the iteration.
         vision_steps, memory_steps: gradient steps of a fit at the most; refit: share of them after iteration 0;
-            vision_batch (frames), batch x sequence (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth; held_out: share of episodes kept out;
+            vision_batch (frames), batch x sequence (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth;
+            held_out: share of episodes kept out;
         precision: of V's convolutions, fp32 | bf16 | auto (bf16 where the hardware multiplies it faster). M stays fp32.
         evaluate_every, patience: the fit stops when the held-out loss has not improved for so many looks, and
             keeps the best weights.

@@ -43,7 +43,7 @@ class ActionCodec:
             if not space.is_bounded() or max(np.abs(self.low).max(), np.abs(self.high).max()) >= UNBOUNDED:
                 raise ValueError(
                     f"action space {space} is unbounded, expected finite bounds; "
-                    "wrap the environment in gymnasium.wrappers.RescaleAction or give its Box finite low and high"
+                    "wrap the environment (gymnasium.wrappers.TransformAction), or give its Box finite low and high"
                 )
             self.dim = int(np.prod(space.shape))
         elif isinstance(space, gym.spaces.Discrete):
@@ -62,7 +62,7 @@ class ActionCodec:
         else:
             raise ValueError(
                 f"action space {space} is not supported, expected Box, Discrete, MultiDiscrete or MultiBinary; "
-                "wrap the environment in gymnasium.wrappers.TransformAction to one of these"
+                "wrap the environment to one of these (gymnasium.wrappers.TransformAction) in a class of your module"
             )
         if self.dim == 0:
             raise ValueError(f"action space {space} is empty, expected at least one number or choice")
@@ -191,7 +191,7 @@ def _column(space: gym.Space, what: str) -> gym.spaces.Box:
             return gym.spaces.Box(low, high, dtype=np.float32)
     raise ValueError(
         f"{what} space {space} is not supported, expected a float Box, a uint8 (H, W, C) Box or a Dict of those; "
-        "wrap the environment in gymnasium.wrappers.TransformObservation (or FlattenObservation) to one of these"
+        "wrap the environment to one of these (gymnasium.wrappers.TransformObservation) in a class of your module"
     )
 
 

@@ -356,6 +356,16 @@ class EpisodeStore:
                 continue  # warned about, and served no more
         return Snapshot(episodes, codec)
 
+    def readable(self, ids: Iterable[str]) -> list[Episode]:
+        """Those of `ids` that are here and whole, in their order: a damaged file must not take the others with it."""
+        episodes = []
+        for id in ids:
+            try:
+                episodes.append(self.get(id))
+            except (KeyError, DamagedError):
+                continue
+        return episodes
+
     def sample(self, B: int, T: int, rng: np.random.Generator) -> Batch:
         """B sequences of T rows from all complete episodes, drawn as ``Snapshot.sample`` draws them."""
         codec = self._codec()

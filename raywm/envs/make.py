@@ -18,14 +18,22 @@ import numpy as np
 
 from raywm.spaces import is_image, obs_columns, to_columns
 
-# What ids need before gymnasium knows them: (prefix, module to import, raywm's extra).
+# What ids need before gymnasium knows them: (prefix, module to import, what brings it).
 PLUGINS = (
-    ("Vizdoom", "vizdoom.gymnasium_wrapper", "doom"),
-    ("ALE/", "ale_py", "atari"),
-    ("dm_control/", "shimmy", "dmc"),
+    ("Vizdoom", "vizdoom.gymnasium_wrapper", "raywm[doom]"),
+    ("ALE/", "ale_py", "ale-py"),
+    ("dm_control/", "shimmy", "shimmy[dm-control]"),
 )
 # What gymnasium's own families need, by a word in their entry point.
-FAMILIES = (("box2d", "box2d"), ("mujoco", "mujoco"), ("shimmy", "dmc"), ("ale_py", "atari"), ("vizdoom", "doom"))
+FAMILIES = (
+    ("box2d", "raywm[box2d]"),
+    ("mujoco", "gymnasium[mujoco]"),
+    ("phys2d", "gymnasium[jax]"),
+    ("tabular", "gymnasium[jax]"),
+    ("shimmy", "shimmy[dm-control]"),
+    ("ale_py", "ale-py"),
+    ("vizdoom", "raywm[doom]"),
+)
 DEFAULTS: dict[str, Any] = {
     "id": None,
     "kwargs": {},
@@ -58,6 +66,9 @@ def make_env(env: Any, render: bool = False) -> gym.Env:
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
     os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
     made = _make(cfg, render)
+    for space in ("observation_space", "action_space"):
+        if not isinstance(getattr(made, space, None), gym.Space):
+            raise ValueError(f"environment {cfg['id']!r} has no {space}, expected a gymnasium.Space")
     if _is_doom(made):
         made = Doom(made)
     if cfg["action_repeat"] > 1:
@@ -90,20 +101,33 @@ def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
         kwargs.setdefault("render_mode", "rgb_array")
     env_class = _class(id)
     if env_class is not None:
-        env = env_class(**kwargs)
+        try:
+            env = env_class(**kwargs)
+        except Exception as error:
+            raise _not_made(id, kwargs, error) from error
         return env if limit is None else gym.wrappers.TimeLimit(env, limit)
 
     spec = _spec(id)
     entry = str(spec.entry_point)
-    if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
-        return _make_doom(id, limit, kwargs)
     try:
+        if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
+            return _make_doom(id, limit, kwargs)
         env = gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
         return FreshWorld(env) if entry.startswith("gymnasium.envs.box2d") else env
     except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
-        extra = next((extra for word, extra in FAMILIES if word in entry), None)
-        fix = f'pip install "raywm[{extra}]"' if extra else "install what it names"
+        what = next((what for word, what in FAMILIES if word in entry), None)
+        fix = f'pip install "{what}"' if what else "install what it names"
         raise ValueError(f"environment {id!r} needs more than is installed ({error}); {fix}") from error
+    except Exception as error:
+        raise _not_made(id, kwargs, error) from error
+
+
+def _not_made(id: str, kwargs: dict[str, Any], error: Exception) -> ValueError:
+    """What the environment's own code raised, in one line; --debug shows where."""
+    return ValueError(
+        f"environment {id!r} cannot be made with kwargs {kwargs}: {type(error).__name__}: {error}; "
+        "look at env.kwargs, or at the environment (raywm --debug ... shows the traceback)"
+    )
 
 
 def _class(id: str) -> type | None:
@@ -111,31 +135,39 @@ def _class(id: str) -> type | None:
     module_name, colon, name = id.partition(":")
     if not colon:
         return None
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise ValueError(f"environment id is {id!r}, expected 'module:EnvClass', the module as import names it")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module is there, and something that it imports is not
-        raise ValueError(
-            f"environment {id!r}: there is no module {module_name!r}; put it on PYTHONPATH or install it"
-        ) from error
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing == module_name or missing and module_name.startswith(f"{missing}."):
+            plain = module_name.removesuffix(".py")
+            said = f"there is no module {module_name!r}; " + (
+                f"did you mean '{plain}:{name}'?" if plain != module_name else "put it on PYTHONPATH or install it"
+            )
+        else:  # the module is there, and it or something that it imports is broken
+            said = f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}; mend or install it"
+        raise ValueError(f"environment {id!r}: {said}") from error
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, gym.Env):
         return found
     if id in gym.registry or name in gym.registry:  # gymnasium's own "module to import first:id"
         return None
-    names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, gym.Env)]
-    raise ValueError(f"environment {id!r}: {module_name} has no gymnasium.Env class {name!r}, expected one of {names}")
+    names = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, gym.Env) and v is not gym.Env]
+    near = difflib.get_close_matches(name, names, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {names[:8]}" if names else "it has none"
+    raise ValueError(f"environment {id!r}: {module_name} has no gymnasium.Env class {name!r}; {hint}")
 
 
 def _spec(id: str) -> gym.envs.registration.EnvSpec:
     name = id.partition(":")[2] or id
-    for prefix, module, extra in PLUGINS:
+    for prefix, module, package in PLUGINS:
         if name.startswith(prefix):
             try:
                 plugin = importlib.import_module(module)
             except ImportError as error:
-                raise ValueError(f'environment {id!r} needs {module}; pip install "raywm[{extra}]"') from error
+                raise ValueError(f'environment {id!r} needs {module}; pip install "{package}"') from error
             if module in ("ale_py", "shimmy"):
                 gym.register_envs(plugin)
     try:

@@ -16,7 +16,7 @@ import torch
 from raywm.collect import Collector
 from raywm.config import RunConfig
 from raywm.data.store import EpisodeStore
-from raywm.loops.parts import Parts, Played, chunks, joined, stored, units
+from raywm.loops.parts import Parts, Played, chunks, joined, stored, units, whole
 
 
 class InProcess:
@@ -96,7 +96,7 @@ class InProcess:
         """Fit from these weights to these episodes; see `FitWorker.fit`."""
         self.fitter.load(weights, optimisers)
         torch.set_num_threads(self.parts.fit_arguments()["threads"])
-        return self.fitter.fit(self.store.snapshot(ids), iteration, report)
+        return self.fitter.fit(whole(self.store.readable(ids), ids, self.parts.codec), iteration, report)
 
     def load_dream(self, weights: dict[str, torch.Tensor], starts: dict[str, torch.Tensor]) -> None:
         """The model that is dreamt in from now on."""

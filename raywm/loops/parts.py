@@ -14,6 +14,7 @@ import torch
 from raywm.agent import MixedAgent, RandomAgent, StickyAgent
 from raywm.config import RunConfig
 from raywm.controllers import Controller, ControllerAgent
+from raywm.data.episode import Episode
 from raywm.data.store import EpisodeStore, Snapshot
 from raywm.envs import make_env
 from raywm.evaluate import open_loop_error
@@ -145,7 +146,18 @@ class FitWorker:
             "rows": rows,
             "starts": starts,
             "quality": quality,
+            "ids": [e.id for e in snapshot.episodes],
         }
+
+
+def whole(episodes: Sequence[Episode], ids: Sequence[str], codec: ActionCodec) -> Snapshot:
+    """What can be read of the run's episodes `ids`. Raises ValueError if that is not enough to go on with."""
+    if len(episodes) < max(2, len(ids) / 2) and len(episodes) < len(ids):
+        raise ValueError(
+            f"{len(ids) - len(episodes)} of this run's {len(ids)} episodes are gone or damaged, too few are left to go "
+            "on; put the files of its episodes/ back and continue with --resume, or start a new run in another --out"
+        )
+    return Snapshot(list(episodes), codec)
 
 
 def units(theta: np.ndarray, size: int) -> list[np.ndarray]:

@@ -77,6 +77,7 @@ class VMC:
         if state["phase"] == "done" and summary.exists():
             done: dict[str, Any] = json.loads(summary.read_text())
             if done["real_return_episodes"] == self.config.evaluate.episodes:
+                self.log.say(f"already finished: {state['stopped']}; more iterations or real steps would continue it")
                 return done
         phases = ("collect", "fit", "calibrate", "evolve", "evolve_real", "rate", "trial")
         while state["phase"] in phases:
@@ -217,6 +218,9 @@ class VMC:
             done = self.executor.fit(
                 self.weights, self.optimisers, self.state["accepted"], self.state["iteration"], report
             )
+        if gone := sorted(set(self.state["accepted"]) - set(done["ids"])):
+            self.state["accepted"] = [i for i in self.state["accepted"] if i in set(done["ids"])]
+            self.log.say(f"{len(gone)} episodes are gone or damaged and left out: {', '.join(gone[:3])}, ...")
         for row in done["rows"]:
             self._tell("fit", **row)
         self._tell("quality", **done["quality"])

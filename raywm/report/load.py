@@ -52,8 +52,7 @@ class Run(Saved):
             return Snapshot([], self.codec)
         store = EpisodeStore(path, codec=self.codec, read_only=True)
         try:
-            here = set(store.ids())
-            return store.snapshot([i for i in self.state.get("accepted", sorted(here)) if i in here])
+            return Snapshot(store.readable(self.state.get("accepted", store.ids())), self.codec)
         finally:
             store.close()
 

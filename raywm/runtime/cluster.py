@@ -38,6 +38,7 @@ def connect(
     and raywm travel along. Returns the cluster's resources. Does nothing but check when Ray is already running.
     Raises ValueError when the cluster lacks what is needed or its nodes run another raywm or Python.
     """
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of abandoned work: what matters is raised
     if ray.is_initialized():
         return _check(needed_cpus, needed_gpus, "the running Ray")
     if address in (None, "", "local"):

@@ -22,6 +22,10 @@ START_FAILURES = 3  # consecutive failures to start one worker before the pool g
 POLL_S = 0.25  # how often timeouts are looked at while nothing completes
 
 
+class PoolError(ChildProcessError, RuntimeError):
+    """Workers that die or do not start, whatever is done: the work or the machines need mending, not raywm."""
+
+
 class _Host:
     """The actor: holds one instance of the pool's class.
 
@@ -150,7 +154,7 @@ class WorkerPool:
 
         `units` may be lazy and endless: it is read only as workers become free. Closing the iterator abandons what is
         in flight; its results never reach a later map. What the worker's code raises is raised here as itself and is
-        not retried. Raises RuntimeError when one unit has taken down UNIT_DEATHS workers.
+        not retried. Raises PoolError when one unit has taken down UNIT_DEATHS workers.
         """
         self._check_open()
         self._run += 1
@@ -319,23 +323,21 @@ class WorkerPool:
         for unit in lost:  # a quick unit's answer may be lost with the worker that the next one took down: all suspects
             unit.deaths += 1
             if unit.deaths >= UNIT_DEATHS:
-                raise RuntimeError(
+                raise PoolError(
                     f"pool {self.name!r}: unit {unit.key!r} has taken down {UNIT_DEATHS} workers, "
-                    f"the last time: {reason} Look for a crash or for memory, or raise timeout_s={self._timeout_s}"
+                    f"the last time: {reason}; look for a crash or for memory, or raise timeout_s={self._timeout_s}"
                 )
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):
                 raise slot.error
-            raise RuntimeError(
-                f"pool {self.name!r}: worker {slot.index} failed {slot.failures} times to start: {reason}"
-            )
+            raise PoolError(f"pool {self.name!r}: worker {slot.index} failed {slot.failures} times to start: {reason}")
 
     def _watch(self, now: float) -> None:
         if not any(slot.ready for slot in self._slots) and all(
             slot.actor is not None and now - slot.born > self._start_timeout_s for slot in self._slots
         ):
             needs = {k: v for k, v in self._options.items() if k.startswith(("num_", "resources", "memory"))}
-            raise RuntimeError(
+            raise PoolError(
                 f"pool {self.name!r}: no worker has started within {self._start_timeout_s:g} s; each needs {needs}, "
                 f"free in the cluster: {ray.available_resources()}. Ask for fewer or smaller workers, or add nodes"
             )

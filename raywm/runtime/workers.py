@@ -13,7 +13,7 @@ import ray
 
 from raywm.collect import Collector
 from raywm.data.episode import from_table, to_table
-from raywm.data.store import EpisodeStore, Snapshot
+from raywm.data.store import EpisodeStore
 
 
 class StoreWorker:
@@ -67,7 +67,7 @@ class StoreWorker:
 
     def read(self, ids: Sequence[str]) -> list[pa.Table]:
         """Episodes for a reader on another machine."""
-        return [to_table(self.store.get(i)) for i in ids]
+        return [to_table(episode) for episode in self.store.readable(ids)]
 
     def close(self) -> None:
         self.store.close()
@@ -118,18 +118,20 @@ class FitActor:
         self.worker.load(weights, optimisers)
 
     def fit(self, ids: Sequence[str], iteration: int) -> dict[str, Any]:
+        from raywm.loops.parts import whole
+
         node, path = ray.get(self.store.where.remote())
         local = None
         if node == ray.get_runtime_context().get_node_id():
             local = EpisodeStore(Path(path), codec=self.codec, read_only=True)
-            episodes = [local.get(i) for i in ids]
+            episodes = local.readable(ids)
         else:
             episodes = []
             for at in range(0, len(ids), 16):
                 tables = ray.get(self.store.read.remote(ids[at : at + 16]))
                 episodes += [from_table(t) for t in tables]
         try:
-            return self.worker.fit(Snapshot(episodes, self.codec), iteration, self._report)
+            return self.worker.fit(whole(episodes, ids, self.codec), iteration, self._report)
         finally:
             del episodes
             if local is not None:

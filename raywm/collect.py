@@ -64,7 +64,11 @@ class Collector:
             yield Episode(f"{stream}-{row.number:09d}", obs, action, reward, *flags, info=self._info(row, agent))
 
     def play(
-        self, agent: Agent, numbers: Sequence[int], stream: str = "evaluate", progress: Callable[[int], Any] | None = None
+        self,
+        agent: Agent,
+        numbers: Sequence[int],
+        stream: str = "evaluate",
+        progress: Callable[[int], Any] | None = None,
     ) -> list[Played]:
         """Play the episodes `numbers` without keeping what was seen; in the order of `numbers`.
 

@@ -211,7 +211,9 @@ class RunLog:
             with contextlib.suppress(ValueError):
                 if isinstance(json.loads(line), dict):
                     continue
-            raise ValueError(f"{self.path}, line {number}: got {line[:40]!r}, expected a JSON object; restore that line")
+            raise ValueError(
+                f"{self.path}, line {number}: got {line[:40]!r}, expected a JSON object; restore that line"
+            )
         self._file.truncate(sum(map(len, lines)))
         self.rows = len(lines)
         self._counts = Counter(json.loads(line)["kind"] for line in lines)

@@ -330,9 +330,7 @@ class WorkerPool:
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):
                 raise slot.error
-            raise PoolError(
-                f"pool {self.name!r}: worker {slot.index} failed {slot.failures} times to start: {reason}"
-            )
+            raise PoolError(f"pool {self.name!r}: worker {slot.index} failed {slot.failures} times to start: {reason}")
 
     def _watch(self, now: float) -> None:
         if not any(slot.ready for slot in self._slots) and all(

@@ -200,10 +200,18 @@ class LiveAgent:
         for name, box in self.columns.items():
             value, expected = np.asarray(obs[name]), (*lead, *box.shape)
             if value.shape != expected:
-                how = "act for N observations after reset(N)" if value.shape[1:] == box.shape else "see make_env"
+                how = (
+                    "reset() is for one, reset(N) for N at once"
+                    if value.shape[-len(box.shape) :] == box.shape
+                    else "see make_env"
+                )
                 raise ValueError(f"observation {name!r} has shape {value.shape}, expected {expected}; {how}")
             if box.dtype == np.uint8 and value.dtype != np.uint8:
                 raise ValueError(f"observation {name!r} is {value.dtype}, expected uint8 pixels 0..255, not scaled")
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise ValueError(
+                    f"observation {name!r} is {value}, expected finite numbers; a NaN would stay in memory"
+                )
             batch[name] = value.astype(box.dtype, copy=False).reshape(self._n or 1, *box.shape)
         return batch
 

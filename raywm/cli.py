@@ -354,7 +354,9 @@ def _errors() -> Iterator[list[str]]:
         # an error raised on a Ray worker comes with the worker's traceback around it: the line is in its cause
         cause = getattr(error, "cause", None)
         shown = cause if isinstance(cause, Exception) else error
-        text = shown.strerror if isinstance(shown, OSError) and shown.strerror and not shown.filename else str(shown)
+        text = str(shown)
+        if isinstance(shown, OSError) and shown.strerror:  # without "[Errno 28]"
+            text = shown.strerror if shown.filename is None else f"{shown.strerror}: {shown.filename}"
         line = " ".join("; ".join([text, *(fix for fix in fixes if "continue" not in text)]).split())
         typer.secho(f"error: {line}", fg="red", err=True)
         raise typer.Exit(2) from None

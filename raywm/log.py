@@ -207,6 +207,13 @@ class RunLog:
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
         lines = lines[:rows]
+        for number, line in enumerate(lines, 1):
+            with contextlib.suppress(ValueError):
+                if isinstance(json.loads(line), dict):
+                    continue
+            raise ValueError(
+                f"{self.path}, line {number}: got {line[:40]!r}, expected a JSON object; restore that line"
+            )
         self._file.truncate(sum(map(len, lines)))
         self.rows = len(lines)
         self._counts = Counter(json.loads(line)["kind"] for line in lines)

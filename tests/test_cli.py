@@ -184,7 +184,8 @@ def test_errors_from_the_depths(world):
 
     world.error = FromWorker("Traceback (remote)\n  many\n  lines")
     result = raywm("train", "cartpole", "--out", "a")
-    assert result.exit_code == 2 and result.stderr.startswith("error: episode 3, row 7: reward is nan")
+    assert result.exit_code == 2 and result.stderr.startswith("error: episode 3, row 7: reward is nan; ")
+    assert result.stderr.endswith("continue with --resume\n") and result.stderr.count("\n") == 1
     world.error = OSError(errno.ENOSPC, "the disk is full, could not write x;\nfree some space")
     result = raywm("train", "cartpole", "--out", "a", "--resume")
     assert result.exit_code == 2 and "error: the disk is full, could not write x; free some space" in result.stderr

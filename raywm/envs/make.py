@@ -68,7 +68,9 @@ def make_env(env: Any, render: bool = False) -> gym.Env:
     made = _make(cfg, render)
     for space in ("observation_space", "action_space"):
         if not isinstance(getattr(made, space, None), gym.Space):
-            raise ValueError(f"environment {cfg['id']!r} has no {space}, expected a gymnasium.Space")
+            raise ValueError(
+                f"environment {cfg['id']!r} has no {space}, expected a gymnasium.Space; give its class one"
+            )
     if _is_doom(made):
         made = Doom(made)
     if cfg["action_repeat"] > 1:
@@ -147,7 +149,9 @@ def _class(id: str) -> type | None:
                 f"did you mean '{plain}:{name}'?" if plain != module_name else "put it on PYTHONPATH or install it"
             )
         else:  # the module is there, and it or something that it imports is broken
-            said = f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}; mend or install it"
+            said = (
+                f"module {module_name!r} cannot be imported: {type(error).__name__}: {error}; mend it, or install that"
+            )
         raise ValueError(f"environment {id!r}: {said}") from error
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, gym.Env):

@@ -44,6 +44,11 @@ def connect(
     if address in (None, "", "local"):
         _start_local(needed_cpus, modules)
         return _check(needed_cpus, needed_gpus, "this machine")
+    if address.startswith("ray://"):
+        raise ValueError(
+            f"address {address}: got a Ray client, expected a driver on a node of the cluster, where the run directory "
+            "can be written; log in there and use --address auto, or submit the command with ray job submit"
+        )
     _check_reachable(address)
     ray.init(address=address, runtime_env=_runtime_env(modules), log_to_driver=False, logging_level=logging.ERROR)
     try:

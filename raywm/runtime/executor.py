@@ -57,6 +57,12 @@ class RayExecutor:
         )
         self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._pools: dict[str, WorkerPool] = {}
+        count = -(-config.evolve.population // config.dream.unit)
+        if config.dream.workers > count:
+            say(
+                f"a generation is {count} units of work, so {config.dream.workers - count} of dream.workers will idle; "
+                "lower it, or raise evolve.population or lower dream.unit in a new run"
+            )
         self._ask(self.store.where)  # a broken store speaks up here
 
     # ------------------------------------------------------------------------------------------------ workers

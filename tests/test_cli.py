@@ -186,9 +186,12 @@ def test_errors_from_the_depths(world):
     result = raywm("train", "cartpole", "--out", "a")
     assert result.exit_code == 2 and result.stderr.startswith("error: episode 3, row 7: reward is nan; ")
     assert result.stderr.endswith("continue with --resume\n") and result.stderr.count("\n") == 1
-    world.error = OSError(errno.ENOSPC, "the disk is full, could not write x;\nfree some space")
+    world.error = OSError(errno.ENOSPC, "the disk is full, could not write x;\nfree some space and continue")
     result = raywm("train", "cartpole", "--out", "a", "--resume")
-    assert result.exit_code == 2 and result.stderr == "error: the disk is full, could not write x; free some space\n"
+    assert (
+        result.exit_code == 2
+        and result.stderr == "error: the disk is full, could not write x; free some space and continue\n"
+    )
     assert world.calls[-1] == ("close", "ray")
     world.error = KeyError("a bug")
     assert isinstance(raywm("train", "cartpole", "--out", "a", "--resume").exception, KeyError)

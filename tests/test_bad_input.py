@@ -113,10 +113,10 @@ def test_a_module_that_does_not_import(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("id", "module", "fix"),
     [
-        ("ALE/Breakout-v5", "ale_py", 'pip install "ale-py"'),
+        ("ALE/Breakout-v5", "ale_py", 'pip install "raywm[atari]"'),
         ("VizdoomTakeCover-v1", "vizdoom.gymnasium_wrapper", 'pip install "raywm[doom]"'),
         ("LunarLander-v3", "Box2D", 'pip install "raywm[box2d]"'),
-        ("HalfCheetah-v5", "mujoco", 'pip install "gymnasium[mujoco]"'),
+        ("HalfCheetah-v5", "mujoco", 'pip install "raywm[mujoco]"'),
     ],
 )
 def test_extras_that_are_not_installed(monkeypatch, id, module, fix):

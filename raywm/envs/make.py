@@ -21,17 +21,17 @@ from raywm.spaces import is_image, obs_columns, to_columns
 # What ids need before gymnasium knows them: (prefix, module to import, what brings it).
 PLUGINS = (
     ("Vizdoom", "vizdoom.gymnasium_wrapper", "raywm[doom]"),
-    ("ALE/", "ale_py", "ale-py"),
-    ("dm_control/", "shimmy", "shimmy[dm-control]"),
+    ("ALE/", "ale_py", "raywm[atari]"),
+    ("dm_control/", "shimmy", "raywm[dmc]"),
 )
 # What gymnasium's own families need, by a word in their entry point.
 FAMILIES = (
     ("box2d", "raywm[box2d]"),
-    ("mujoco", "gymnasium[mujoco]"),
+    ("mujoco", "raywm[mujoco]"),
     ("phys2d", "gymnasium[jax]"),
     ("tabular", "gymnasium[jax]"),
-    ("shimmy", "shimmy[dm-control]"),
-    ("ale_py", "ale-py"),
+    ("shimmy", "raywm[dmc]"),
+    ("ale_py", "raywm[atari]"),
     ("vizdoom", "raywm[doom]"),
 )
 DEFAULTS: dict[str, Any] = {

@@ -127,10 +127,10 @@ def test_a_run_is_not_overwritten_and_resume_serves_restarts(world):
     assert "already holds a run" in fails("train", "cartpole", "--out", "a")
     assert raywm("train", "cartpole", "iterations=20", "--out", "a", "--resume").exit_code == 0
     assert configs.load(Path("a/config.yaml")).iterations == 20
-    assert "fit.lr: got 0.5, but the run was started with 0.001" in fails(
+    assert "fit.lr: got 0.5, but the run was started with 0.003" in fails(
         "train", "cartpole", "fit.lr=0.5", "--out", "a", "--resume"
     )
-    assert configs.load(Path("a/config.yaml")).fit.lr == 1e-3
+    assert configs.load(Path("a/config.yaml")).fit.lr == 3e-3
 
 
 def test_directories_that_are_no_runs(world):

@@ -47,7 +47,9 @@ class RandomAgent(Agent):
     def initial(self, B: int) -> dict[str, np.ndarray]:
         return {"drawn": np.zeros((B, BLOCK, *self.codec.shape), self.codec.dtype), "next": np.full(B, BLOCK)}
 
-    def act(self, obs, state, is_first, rngs):
+    def act(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, Any]:
         drawn, at = state["drawn"], np.where(is_first, BLOCK, state["next"])
         empty = (at == BLOCK).nonzero()[0]
         if empty.size:
@@ -76,11 +78,13 @@ class StickyAgent(Agent):
         """The longest hold of an episode that begins."""
         return self.hold
 
-    def act(self, obs, state, is_first, rngs):
+    def act(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, Any]:
         held, left, longest = state["held"], np.where(is_first, 0, state["left"]), state["longest"]
         if is_first.any():
             longest = longest.copy()  # a state is a value: what the caller kept must not change under him
-            for row in is_first.nonzero()[0]:
+            for row in is_first.nonzero()[0].tolist():
                 longest[row] = self.longest(rngs[row])
         over = (left == 0).nonzero()[0]
         if over.size:
@@ -120,7 +124,9 @@ class Exploring(Agent):
         held = np.zeros((B, *self.codec.shape), self.codec.dtype)
         return {"inner": self.agent.initial(B), "held": held, "left": np.zeros(B, np.int64)}
 
-    def act(self, obs, state, is_first, rngs):
+    def act(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, Any]:
         action, inner = self.agent.act(obs, state["inner"], is_first, rngs)
         held, left = state["held"], np.where(is_first, 0, state["left"])
         begin = [row for row in (left == 0).nonzero()[0] if rngs[row].random() < self.chance]

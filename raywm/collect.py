@@ -61,7 +61,9 @@ class Collector:
             flags[0, 0] = flags[1, -1] = True
             flags[2, -1] = row.terminated
             reward = np.array(row.rewards, np.float32)
-            yield Episode(f"{stream}-{row.number:09d}", obs, action, reward, *flags, info=self._info(row, agent))
+            first, last, terminal = flags
+            info = self._info(row, agent)
+            yield Episode(f"{stream}-{row.number:09d}", obs, action, reward, first, last, terminal, info)
 
     def play(
         self,

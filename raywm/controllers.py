@@ -110,7 +110,7 @@ class ControllerAgent(Agent):
         """Observations (B, *), the state, which rows begin (B,) -> environment actions (B, *shape) and the state."""
         batch = len(is_first)
         previous = {k: v for k, v in state.items() if k != "action"}
-        columns = {k: torch.from_numpy(np.require(v, requirements="CW")) for k, v in obs.items()}
+        columns = {k: torch.from_numpy(np.require(v, requirements=("C", "W"))) for k, v in obs.items()}
         noise = self.model.zero_noise(batch)
         posterior = self.model.posterior(previous, state["action"], columns, torch.from_numpy(is_first), noise)
         scores = self.controller.scores(self._theta, self.model.features(posterior).unsqueeze(0)).squeeze(0)

@@ -121,7 +121,7 @@ def _unit(precision: str, threads: int) -> Work:
     worker = DreamWorker(spec, starts=ROLLOUTS, horizon=HORIZON, precision=precision, threads=threads)
     worker.load(model.state_dict(), model.initial(256))
     theta = np.random.default_rng(0).normal(size=(POPULATION, Controller(**controller).size)) * 0.1
-    return lambda: worker.evaluate(theta, 0)[1]
+    return lambda: float(worker.evaluate(theta, 0)[1].sum())
 
 
 def _plain(population: int, rollouts: int, threads: int) -> Work:

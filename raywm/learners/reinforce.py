@@ -86,7 +86,10 @@ class Reinforce:
         rows = next(iter(state.values())).shape[0]
         living = torch.ones(rows, device=rng.device)
         theta = self.theta.float().unsqueeze(0).to(rng.device)
-        features, chosen, rewards, alive = [], [], [], []
+        features: list[Tensor] = []
+        chosen: list[Tensor] = []
+        rewards: list[Tensor] = []
+        alive: list[Tensor] = []
         for _ in range(horizon):
             seen = model.features(state)
             scores = self.controller.scores(theta, seen.unsqueeze(0)).squeeze(0)

@@ -35,7 +35,8 @@ class Parts:
         self.config = config
         env = make_env(config.env)
         try:
-            self.columns = dict(env.observation_space.spaces)
+            space: Any = env.observation_space  # make_env gives a Dict
+            self.columns = dict(space.spaces)
             self.codec = ActionCodec(env.action_space)
             limit = config.env.time_limit or time_limit(env)
             self.time_limit = -(-limit // config.env.action_repeat) if limit else None  # steps of the longest episode

@@ -44,7 +44,9 @@ class VMC:
         self.config, self.out, self.executor, self.log = config, Path(out), executor, log
         self.parts: Parts = executor.parts
         self.began = time.monotonic()
-        self.weights, self.optimisers, self.starts = dict(self.parts.weights), {}, {}
+        self.weights = dict(self.parts.weights)
+        self.optimisers: dict[str, Any] = {}
+        self.starts: dict[str, Any] = {}
         self.theta = self.parts.controller.start()
         self.record: dict[str, np.ndarray] = {}  # of the search under way
         self.best_weights, self.best_theta = self.weights, self.theta

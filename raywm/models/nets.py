@@ -19,6 +19,9 @@ def mlp(sizes: Sequence[int], activation: type[nn.Module] = nn.SiLU) -> nn.Seque
 class Standardise(nn.Module):
     """Vision by no network at all: a standardised vector, certain (std 0). The default for vectors."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, size: int):
         super().__init__()
         self.latent = size
@@ -69,7 +72,7 @@ class ConvVAE(nn.Module):
     """The VAE of World Models (arXiv 1803.10122, appendix A.1): 4x4 convolutions of stride 2 with 32-64-128-256
     channels, for images (H, W, C) uint8 whose sides are 64 or 96."""
 
-    def __init__(self, shape: tuple[int, int, int], latent: int, width: int = 32):
+    def __init__(self, shape: tuple[int, ...], latent: int, width: int = 32):
         super().__init__()
         height, w, channels = shape
         if height not in (64, 96) or w not in (64, 96):
@@ -81,7 +84,7 @@ class ConvVAE(nn.Module):
         convs: list[nn.Module] = []
         for a, b in zip(c[:-1], c[1:], strict=True):
             convs += [nn.Conv2d(a, b, 4, stride=2), nn.ReLU()]
-        self.convs = nn.Sequential(*convs).to(memory_format=torch.channels_last)
+        self.convs = nn.Sequential(*convs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.no_grad():
             self.grid = self.convs(torch.zeros(1, channels, height, w)).shape[1:]  # (256, 2, 2) for 64x64
         flat = self.grid.numel()
@@ -91,7 +94,7 @@ class ConvVAE(nn.Module):
         for a, b in zip(c[:0:-1], c[-2::-1], strict=True):
             # the last kernel is 6: 30 -> 64 and 46 -> 96, where 4 would give 62 and 94
             deconvs += [nn.ConvTranspose2d(a, b, 4 if b != channels else 6, stride=2), nn.ReLU()]
-        self.deconvs = nn.Sequential(*deconvs[:-1]).to(memory_format=torch.channels_last)
+        self.deconvs = nn.Sequential(*deconvs[:-1]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def target(self, x: Tensor) -> Tensor:
         """(N, H, W, C) uint8 -> (N, C, H, W) in [0, 1]; the permuted view is channels-last as it lies."""

@@ -9,7 +9,7 @@ a first row the cell is not ticked, h is 0.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,8 @@ class Vision(nn.Module):
 
     def __init__(self, columns: dict[str, tuple[tuple[int, ...], bool]], kind: str, latent: int):
         super().__init__()
-        self.nets = nn.ModuleDict()
+        nets: Any = nn.ModuleDict()  # of Standardise, MLPVAE or ConvVAE
+        self.nets = nets
         for name, (shape, image) in columns.items():
             if image:
                 if kind not in ("auto", "conv"):
@@ -67,7 +68,8 @@ class MDNRNN(nn.Module):
     def __init__(self, latent: int, act_dim: int, hidden: int, mixtures: int, joint: bool, head_hidden: int):
         super().__init__()
         self.latent, self.hidden, self.mixtures, self.joint = latent, hidden, mixtures, joint
-        self.lstm = nn.LSTM(latent + act_dim, hidden, batch_first=True)
+        lstm: Any = nn.LSTM(latent + act_dim, hidden, batch_first=True)  # its type does not know its weights
+        self.lstm = lstm
         nn.init.orthogonal_(self.lstm.weight_hh_l0)
         with torch.no_grad():
             self.lstm.bias_hh_l0.zero_()
@@ -77,7 +79,7 @@ class MDNRNN(nn.Module):
         # the mixture sees z and the action as well as h: what a step changes need not pass through the cell
         self.mixture = mlp([hidden + latent + act_dim, head_hidden, sum(self.head_sizes)])
         with torch.no_grad():  # components that begin alike learn alike, and one mode hides the other
-            self.mixture[-1].bias[logits : logits + mixtures * latent].normal_()
+            self.mixture[-1].get_parameter("bias")[logits : logits + mixtures * latent].normal_()
         self.reward = mlp([hidden + 2 * latent + act_dim, head_hidden, 1])
         self.end = mlp([hidden + 2 * latent + act_dim, head_hidden, 1])
 
@@ -129,6 +131,9 @@ class VM(WorldModel):
         features: what a controller sees: "zh", "zhc" or "z".
     """
 
+    carry: Tensor
+    z_low: Tensor
+    z_high: Tensor
     target_mean: Tensor
     target_scale: Tensor
     reward_mean: Tensor

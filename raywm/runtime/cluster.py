@@ -102,10 +102,10 @@ def _module_path(name: str) -> Path:
     """The file or package directory of a user's top-level module."""
     top = name.partition(".")[0]
     spec = importlib.util.find_spec(top)
-    if spec is None or (spec.origin is None and not spec.submodule_search_locations):
-        raise ValueError(f"module {name!r} cannot be found from {os.getcwd()}; put its directory on PYTHONPATH")
-    if spec.submodule_search_locations:
+    if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
+    if spec is None or spec.origin is None:
+        raise ValueError(f"module {name!r} cannot be found from {os.getcwd()}; put its directory on PYTHONPATH")
     return Path(spec.origin)
 
 

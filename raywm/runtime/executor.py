@@ -50,12 +50,12 @@ class RayExecutor:
         here = NodeAffinitySchedulingStrategy(self.node, soft=False)
         columns, codec = self.parts.columns, self.parts.codec
         path = str((Path(out) / "episodes").resolve())
-        self.store = (
+        self.store: Any = (
             ray.remote(StoreWorker)
             .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
             .remote(path, columns, codec)
         )
-        self.board = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+        self.board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._pools: dict[str, WorkerPool] = {}
         count = -(-config.evolve.population // config.dream.unit)
         if config.dream.workers > count:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -149,7 +149,7 @@ class WorkerPool:
                 self._submit(slot, method, refs)
         return self.version
 
-    def map(self, method: str, units: Iterable[tuple[Any, tuple]]) -> Iterator[tuple[Any, Any]]:
+    def map(self, method: str, units: Iterable[tuple[Any, tuple]]) -> Generator[tuple[Any, Any], None, None]:
         """Run `method(*args)` for every (key, args) and yield (key, result) as they complete, each exactly once.
 
         `units` may be lazy and endless: it is read only as workers become free. Closing the iterator abandons what is
@@ -234,7 +234,7 @@ class WorkerPool:
             raise RuntimeError(f"pool {self.name!r} has been shut down")
 
     def _spawn(self, slot: _Slot) -> None:
-        actor = ray.remote(_Host).options(**self._options).remote(f"{self.name}-{slot.index}")
+        actor: Any = ray.remote(_Host).options(**self._options).remote(f"{self.name}-{slot.index}")
         slot.actor, slot.started, slot.ready, slot.pid = actor, False, False, None
         slot.born = slot.head_since = time.monotonic()
         slot.calls.append(_Call(actor.start.remote(self._cls, self._args), "start"))

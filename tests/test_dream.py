@@ -260,3 +260,11 @@ def test_the_benchmarks_plain_batch_is_the_same_model():
     assert (cont == 1).all()  # nobody dies: a unit is always the same work
     products = sum(2 * m * k * n for m, k, n in step_shapes()) / ROWS
     assert flop_per_step() == products + 2 * 288 * 3  # and the controller's
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_benchmarks_unit_is_a_dream_workers(precision):
+    from raywm.bench import dream as bench
+
+    whole = bench.POPULATION * bench.ROLLOUTS * bench.HORIZON
+    assert 0.98 * whole < bench._unit(precision, 1)() <= whole

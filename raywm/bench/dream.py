@@ -119,7 +119,8 @@ def _unit(precision: str, threads: int) -> Work:
     controller: dict[str, Any] = {"feat_dim": model.feat_dim, "act_dim": ACTIONS}
     spec = {"model": MODEL, "controller": controller, "codec": ActionCodec(Discrete(ACTIONS))}
     worker = DreamWorker(spec, starts=ROLLOUTS, horizon=HORIZON, precision=precision, threads=threads)
-    worker.load(model.state_dict(), model.initial(256))
+    firsts = {name: torch.zeros(256, model.latent) for name in ("z_mean", "z_std")}  # as a vision encodes them
+    worker.load(model.state_dict(), firsts)
     theta = np.random.default_rng(0).normal(size=(POPULATION, Controller(**controller).size)) * 0.1
     return lambda: float(worker.evaluate(theta, 0)[1].sum())
 

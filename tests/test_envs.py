@@ -195,8 +195,8 @@ def test_mistakes_are_named_with_a_way_out(cfg, message):
 @pytest.mark.parametrize(
     "module,id,package",
     [
-        ("ale_py", "ALE/Pong-v5", "ale-py"),
-        ("mujoco", "Hopper-v5", "gymnasium[mujoco]"),
+        ("ale_py", "ALE/Pong-v5", "raywm[atari]"),
+        ("mujoco", "Hopper-v5", "raywm[mujoco]"),
         ("vizdoom", None, "raywm[doom]"),
     ],
 )

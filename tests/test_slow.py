@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -144,3 +145,39 @@ def test_a_bifurcation_is_predicted_to_its_entropy():
     for weight in weights:
         assert 0.4 < float(weight.mean()) < 0.6
         assert float(((weight > 0.4) & (weight < 0.6)).float().mean()) > 0.9  # step by step, not only on average
+
+
+CLUSTER = """
+import sys
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from raywm.config import load
+from raywm.log import RunLog
+from raywm.loops.vmc import train
+from raywm.runtime.executor import RayExecutor
+
+if __name__ == "__main__":
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "object_store_memory": 100 * 2**20})
+    cluster.add_node(num_cpus=4, object_store_memory=100 * 2**20)
+    tiny = ["collect.initial_steps=300", "fit.memory_steps=30", "evolve.generations=2", "iterations=1",
+            "target.episodes=2", "evaluate.episodes=4", "model.hidden=16", "fit.threads=1", "log.console=false"]
+    out = Path(sys.argv[1])
+    config = load("cartpole", [*tiny, "collect.workers=4", "dream.workers=2"])  # more than one node holds
+    with RunLog(out, console=False) as log, RayExecutor(config, out, cluster.address) as executor:
+        print("random", train(config, out, executor, log)["random_return_mean"])
+        try:
+            RayExecutor(load("cartpole", ["collect.workers=50"]), out / "other", cluster.address)
+        except ValueError as error:
+            print(error)
+    cluster.shutdown()
+"""
+
+
+def test_a_cluster_is_joined_and_one_too_small_says_so(tmp_path):
+    (tmp_path / "cluster.py").write_text(CLUSTER)
+    command = [sys.executable, str(tmp_path / "cluster.py"), str(tmp_path / "run")]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "random" in done.stdout and "53 CPUs needed, 8 there" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -119,23 +119,6 @@ def latest(directory: str | Path) -> int | None:
     return max(_steps(Path(directory)), default=None)
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """An optimiser's state as tensors named '3.exp_avg'; learning rates and the like belong to whoever builds it."""
-    import torch
-
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{key}": torch.as_tensor(value) for i, slots in state.items() for key, value in slots.items()}
-
-
-def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put the state of `pack_optimizer` into an optimiser over the same parameters."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Whoever reads `path` finds the old text or the new one, never a part, also after a crash."""
     path = Path(path)

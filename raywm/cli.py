@@ -162,7 +162,7 @@ def dream(
 ) -> None:
     """Play a run's controller in its own dream.
 
-    Prints its dream returns beside the real ones, or makes a video (of image environments) with --video.
+    Prints its dream returns beside the real ones, or makes a video of both with --video.
 
     \b
     Example: raywm dream runs/doom --video

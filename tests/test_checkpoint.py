@@ -137,29 +137,6 @@ def test_nothing_is_executed_on_load(tmp_path):
     assert not (tmp_path / "boom").exists()
 
 
-def test_an_optimizer_goes_on_as_if_nothing_had_happened(tmp_path):
-    def make():
-        torch.manual_seed(0)
-        net = torch.nn.Linear(3, 1)
-        return net, torch.optim.Adam(net.parameters(), lr=0.1)
-
-    def step(net, optimizer):
-        optimizer.zero_grad()
-        net(torch.ones(1, 3)).pow(2).sum().backward()
-        optimizer.step()
-
-    net, optimizer = make()
-    step(net, optimizer)
-    checkpoint.save(tmp_path, 1, tensors={"net": net.state_dict(), "adam": checkpoint.pack_optimizer(optimizer)})
-    step(net, optimizer)
-    other, resumed = make()
-    back = checkpoint.load(tmp_path)
-    other.load_state_dict(back.tensors["net"])
-    checkpoint.unpack_optimizer(resumed, back.tensors["adam"])
-    step(other, resumed)
-    assert torch.equal(net.weight, other.weight)
-
-
 def test_a_full_disk_is_said_and_harms_nothing(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

@@ -80,7 +80,7 @@ def test_a_table_gives_the_episode_back_without_copies():
     for name in ("image", "vector"):
         assert np.shares_memory(again.obs[name], episode.obs[name])
     piece = to_table(episode, 4, 9)
-    assert table_meta(piece)["first_row"] == 4 and from_table(piece).reward.tolist() == episode.reward[4:9].tolist()
+    assert table_meta(piece)["pieces"][0]["first_row"] == 4 and from_table(piece).reward.tolist() == episode.reward[4:9].tolist()
     assert from_table(table.slice(4, 5)).obs["image"].tolist() == episode.obs["image"][4:9].tolist()
     chunks = pa.concat_tables([to_table(episode, 0, 6), to_table(episode, 6)])
     same(episode, from_table(chunks.replace_schema_metadata(table.schema.metadata)))

@@ -9,7 +9,7 @@ final observation is kept, so T rows hold T - 1 transitions. ``is_last = termina
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 from raywm.spaces import ActionCodec
 
 FLAGS = ("is_first", "is_last", "is_terminal")
-META = b"raywm"  # the key of the JSON in an Arrow schema's metadata: {"id", "first_row", "info"}
+META = b"raywm"  # the key of the JSON in an Arrow schema's metadata: {"pieces": headers, "common"}
 OBS = "obs."  # keeps an observation column called "reward" apart from the reward
 
 
@@ -57,35 +57,96 @@ class Episode:
 
 
 def to_table(episode: Episode, first_row: int = 0, stop: int | None = None) -> pa.Table:
-    """An episode, or the piece [first_row, stop) of it, as a table whose schema metadata carries id and info."""
-    meta = {"id": episode.id, "first_row": first_row, "info": episode.info}
-    arrays = {name: _to_arrow(column[first_row:stop]) for name, column in episode.columns().items()}
+    """An episode, or the piece [first_row, stop) of it, as a block of one piece: see ``to_block``."""
+    columns = {name: column[first_row:stop] for name, column in episode.columns().items()}
+    rows = len(columns["reward"])
+    return to_block(columns, [piece_header(episode.id, first_row, rows, _last(columns), episode.info)])
+
+
+def piece_header(id: str, first_row: int, rows: int, last: bool, info: dict[str, Any]) -> dict[str, Any]:
+    """What a block says of one of its pieces: rows [first_row, first_row + rows) of episode `id`, `last` if it ends.
+
+    A piece without rows marks an episode that broke and is kept out; its info says why.
+    """
+    return {"id": id, "first_row": first_row, "rows": rows, "last": last, "info": info}
+
+
+def to_block(
+    columns: Mapping[str, np.ndarray], pieces: Sequence[dict[str, Any]], common: dict[str, Any] | None = None
+) -> pa.Table:
+    """Pieces of episodes as one table: what collectors send, and what a store appends as one record batch.
+
+    Args:
+        columns: (N, *) by stored name, in stored order (``Episode.columns``): the rows of all pieces.
+        pieces: their headers (``piece_header``), in the order of their rows, which add up to N.
+        common: what all these pieces share (their collector, the environment's config); JSON, part of every info.
+    """
+    arrays = {name: _to_arrow(column) for name, column in columns.items()}
+    meta = {"pieces": list(pieces), "common": common or {}}
     return pa.table(arrays).replace_schema_metadata({META: json.dumps(meta).encode()})
 
 
+def join(episodes: Sequence[Episode]) -> pa.Table:
+    """Whole episodes as one block."""
+    parts = [episode.columns() for episode in episodes]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return to_block(columns, [piece_header(e.id, 0, len(e), _last(e.columns()), e.info) for e in episodes])
+
+
 def from_table(table: pa.Table | pa.RecordBatch) -> Episode:
-    """The episode (or piece) in a table. Columns are read-only views of the table's memory where Arrow allows."""
+    """The episode (or piece) in a table of one. Columns are read-only views of its memory where Arrow allows."""
     meta = table_meta(table)
-    return from_arrow(table, meta["id"], meta["info"])
+    if len(meta["pieces"]) != 1:
+        raise ValueError(f"a block of {len(meta['pieces'])} pieces, expected one; use from_block")
+    (piece,) = meta["pieces"]
+    return from_arrow(table, piece["id"], meta["common"] | piece["info"])
+
+
+def from_block(table: pa.Table | pa.RecordBatch) -> list[Episode]:
+    """The episodes (or pieces) in a block, as read-only views of its memory; marks of broken episodes are left out."""
+    meta, columns = table_meta(table), from_columns(table)
+    ends = np.cumsum([piece["rows"] for piece in meta["pieces"]], dtype=np.int64)
+    if (ends[-1] if len(ends) else 0) != table.num_rows:
+        raise ValueError(f"a block of {table.num_rows} rows whose pieces have {ends[-1:]}")
+    return [
+        cut(columns, piece["id"], int(end) - piece["rows"], int(end), meta["common"] | piece["info"])
+        for piece, end in zip(meta["pieces"], ends)
+        if piece["rows"]
+    ]
 
 
 def table_meta(table: pa.Table | pa.RecordBatch) -> dict[str, Any]:
-    """{"id", "first_row", "info"} of a table made by ``to_table``."""
+    """{"pieces": headers, "common"} of a block."""
     raw = (table.schema.metadata or {}).get(META)
     if raw is None:
         raise ValueError(f"table has no {META.decode()!r} schema metadata; expected one made by to_table(episode)")
-    return json.loads(raw)
+    meta: dict[str, Any] = json.loads(raw)
+    return meta
+
+
+def _last(columns: Mapping[str, np.ndarray]) -> bool:
+    return len(columns["is_last"]) > 0 and bool(columns["is_last"][-1])
 
 
 def from_arrow(table: pa.Table | pa.RecordBatch, id: str, info: dict[str, Any]) -> Episode:
-    """An episode from Arrow columns whose id and info travel elsewhere (in a store they are the batch's metadata)."""
+    """An episode from Arrow columns whose id and info travel elsewhere."""
+    return cut(from_columns(table), id, 0, table.num_rows, info)
+
+
+def from_columns(table: pa.Table | pa.RecordBatch) -> dict[str, np.ndarray]:
+    """A table's columns by stored name, flags as bool."""
     missing = [name for name in ("action", "reward", *FLAGS) if name not in table.schema.names]
     if missing:
-        raise ValueError(f"table of episode {id!r} lacks {missing}, got columns {table.schema.names}")
+        raise ValueError(f"a table of episodes lacks {missing}, got columns {table.schema.names}")
     columns = {name: _from_arrow(table.column(name)) for name in table.schema.names}
-    flags = {flag: columns[flag].view(bool) for flag in FLAGS}
-    obs = {name.removeprefix(OBS): column for name, column in columns.items() if name.startswith(OBS)}
-    return Episode(id, obs, columns["action"], columns["reward"], info=info, **flags)
+    return columns | {flag: columns[flag].view(bool) for flag in FLAGS}
+
+
+def cut(columns: Mapping[str, np.ndarray], id: str, start: int, stop: int, info: dict[str, Any]) -> Episode:
+    """Rows [start, stop) of stored columns as an episode: views."""
+    part = {name: column[start:stop] for name, column in columns.items()}
+    obs = {name[len(OBS) :]: column for name, column in part.items() if name.startswith(OBS)}
+    return Episode(id, obs, part["action"], part["reward"], info=info, **{flag: part[flag] for flag in FLAGS})
 
 
 def _to_arrow(column: np.ndarray) -> pa.Array:

@@ -62,8 +62,7 @@ class LocalRollouts:
             done = {number for number, *_ in have}
             fresh = [number for number in chunk if number not in done]
             for block, played in self.collector.blocks(self._agent, fresh, stream, common=self._common):
-                if block is not None:
-                    self.store.add(block)
+                self.store.add(block)
                 for p in played:
                     yield (p.number, 0, math.nan) if p.broken else (p.number, p.steps, p.ret)
 

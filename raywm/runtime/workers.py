@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -16,6 +17,7 @@ import ray
 
 from raywm.collect import Collector
 from raywm.config import EnvConfig
+from raywm.seeding import derive
 
 if TYPE_CHECKING:  # it imports torch, which a collector of random actions can do without
     from raywm.loops.parts import Played
@@ -38,7 +40,7 @@ class CollectWorker:
         self.shards, self.stall_s = [actor for _, actor in shards], stall_s
         node = ray.get_runtime_context().get_node_id()
         near = [actor for at, actor in shards if at == node] or self.shards
-        self.shard = near[zlib.crc32(self.name.encode()) % len(near)] if near else None
+        self.shard: Any = near[zlib.crc32(self.name.encode()) % len(near)]
         self.agent: Any = None
         self._cancelled = -1
         self._stream = ""
@@ -69,10 +71,9 @@ class CollectWorker:
             numbers, out = [n for n in numbers if n not in done], list({p[0]: p for p in out}.values())
         flying: list[Any] = []
         self._stream = stream
-        blocks = self.collector.blocks(self.agent, numbers, stream, common=self.common)
+        blocks: Any = self.collector.blocks(self.agent, numbers, stream, common=self.common)
         for block, played in blocks:
-            if block is not None:
-                flying.append(self.shard.add.remote(block))
+            flying.append(self.shard.add.remote(block))
             out += [(p.number, 0, float("nan")) if p.broken else (p.number, p.steps, p.ret) for p in played]
             while len(flying) > IN_FLIGHT:
                 ready, flying = ray.wait(flying)
@@ -81,6 +82,7 @@ class CollectWorker:
                 blocks.close()
                 break
         ray.get(flying)
+        self._stream = ""
         return out
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
@@ -100,9 +102,11 @@ class CollectWorker:
             if stalled is not None and stalled[1] > self.stall_s:
                 number, seconds = stalled
                 reason = f"stalled: a step or reset of the environment took more than {self.stall_s:g} s"
-                info = {**self.collector.about(number), "broken": reason}
-                if self.shard is not None and self._stream:
-                    ray.get(self.shard.mark.remote(f"{self._stream}-{number:09d}", info), timeout=60)
+                if self._stream:  # an episode that is to be kept
+                    seed = derive(self.collector.seed, self._stream, "env", number)
+                    info = {"number": number, "seed": seed, "env": self.collector.id, "broken": reason}
+                    with contextlib.suppress(Exception):
+                        ray.get(self.shard.mark.remote(f"{self._stream}-{number:09d}", info), timeout=60)
                 os._exit(1)
 
 

@@ -1,9 +1,9 @@
 """A directory of collected episodes, seen as one dataset: what is in it, whether it is whole, and its episodes.
 
-    DATASET/dataset.json               the card: environment, spaces, policy, seed (``write_card``)
-    DATASET/segment-*.arrows           episodes, either here
-    DATASET/shard-000/segment-*.arrows     or in shards, one a node that collected
-    RUN/spaces.json, RUN/episodes/...  the same inside a run's directory
+DATASET/dataset.json               the card: environment, spaces, policy, seed (``write_card``)
+DATASET/segment-*.arrows           episodes, either here
+DATASET/shard-000/segment-*.arrows     or in shards, one a node that collected
+RUN/spaces.json, RUN/episodes/...  the same inside a run's directory
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from raywm.spaces import ActionCodec, columns_from_json, columns_to_json
 CARD = "dataset.json"
 FORMAT = 1
 NUMBERED = re.compile(r"(.+)-(\d{9})")  # an episode id: stream and number
-# A run's turns and trials number their episodes from multiples of this (see loops/vmc.py); the gaps between are no loss.
+# A run's turns and trials number their episodes from multiples of this (loops/vmc.py): the gaps between are no loss.
 BLOCK = 500_000
 
 Columns = Mapping[str, gym.spaces.Box]
@@ -100,6 +100,7 @@ class Dataset:
             self.close()
             raise
         self._where: dict[str, tuple[str, ...]] = {}
+        self._damaged: set[str] = set()  # ids with a copy that was found damaged since the opening
         self._index()
 
     def _local(self, source: str, cache: str | Path | None, say: Callable[[str], Any]) -> Path:
@@ -157,14 +158,16 @@ class Dataset:
     def get(self, id: str) -> Episode:
         """One episode: read-only views of the disk. Raises KeyError for an unknown id, DamagedError for wrong bytes."""
         names = self._where.get(id, ())
-        for name in names[:-1]:
+        for name in names:
             try:
                 return self.shards[name].get(id)
-            except (DamagedError, KeyError):
-                continue  # there is another copy
-        if not names:
-            raise KeyError(f"no episode {id!r} among the {len(self)} of {self.source}")
-        return self.shards[names[-1]].get(id)
+            except DamagedError:
+                self._damaged.add(id)
+                if name == names[-1]:
+                    raise
+            except KeyError:
+                continue  # found damaged before; there may be another copy
+        raise KeyError(f"no episode {id!r} among the {len(self)} of {self.source}")
 
     def __iter__(self) -> Iterator[Episode]:
         """One episode after the other; a damaged one is left out with a warning."""
@@ -210,7 +213,7 @@ class Dataset:
         """
         everything, doubled = set(self._ids), [id for id in self._ids if len(self._where[id]) > 1]
         reports = {name: store.verify() for name, store in self.shards.items()}
-        damaged = sorted({id for report in reports.values() for id in report["damaged"]})
+        damaged = sorted(self._damaged.union(*(report["damaged"] for report in reports.values())))
         set_aside = {
             f"{name}/{file}".lstrip("/") for name, report in reports.items() for file in report["set_aside"]
         } | {
@@ -322,8 +325,6 @@ def _evicted(store: EpisodeStore) -> bool:
 
 
 def _alike(episode: Episode, first: Episode) -> None:
-    got, expected = (
-        {name: f"{c.dtype} {c.shape[1:]}" for name, c in e.columns().items()} for e in (episode, first)
-    )
+    got, expected = ({name: f"{c.dtype} {c.shape[1:]}" for name, c in e.columns().items()} for e in (episode, first))
     if got != expected:
         raise ValueError(f"episode {episode.id!r} has columns {got}, expected {expected} as {first.id!r} has")

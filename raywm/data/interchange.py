@@ -32,12 +32,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raywm.data.dataset import Dataset, write_card
-from raywm.data.episode import FLAGS, Episode, cut, from_columns
+from raywm.data.episode import FLAGS, Episode, cut, from_columns, join, validate
 from raywm.data.store import EpisodeStore
 from raywm.spaces import ActionCodec, columns_from_json, columns_to_json
 
 PART_BYTES = 128 * 2**20
 GROUP_BYTES = 32 * 2**20  # of plain columns: what is held in memory
+BLOCK_BYTES, BLOCK_EPISODES = 4 * 2**20, 256  # of imports
 META = "raywm"
 
 Progress = Callable[[int], Any]
@@ -81,17 +82,35 @@ def write_dataset(source: Source, out: str | Path, made_with: str = "", progress
 
     Raises ValueError for an episode that breaks the timing rule or does not fit the spaces; nothing is then left.
     """
+    ids: set[str] = set()
     with fresh(out) as folder:
         with EpisodeStore(folder, source.columns, source.codec) as store:
-            for episode in source.episodes:
-                if not store.add(episode):
-                    raise ValueError(f"episode {episode.id!r} comes twice, expected every id once")
-                progress(1)
-            if not len(store):
+            for episodes in _blocks(source.episodes):
+                for episode in episodes:
+                    validate(episode, source.columns, source.codec)
+                    if episode.id in ids:
+                        raise ValueError(f"episode {episode.id!r} comes twice, expected every id once")
+                    ids.add(episode.id)
+                store.add(join(episodes))
+                progress(len(episodes))
+            if not ids:
                 raise ValueError("there is no episode in the source; nothing was written")
-            count = len(store)
         write_card(folder, source.columns, source.codec, made_with=made_with, **source.about)
-    return count
+    return len(ids)
+
+
+def _blocks(episodes: Iterable[Episode]) -> Iterator[list[Episode]]:
+    """Episodes, as many at a time as a store takes well in one record batch."""
+    block: list[Episode] = []
+    size = 0
+    for episode in episodes:
+        block.append(episode)
+        size += sum(column.nbytes for column in episode.columns().values())
+        if size >= BLOCK_BYTES or len(block) == BLOCK_EPISODES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 # Parquet, ours

@@ -72,10 +72,6 @@ def export_minari(dataset: Dataset, out: str, progress: Progress = lambda n: Non
             made.storage.update_metadata({"raywm": json.dumps(card)} | _env_spec(card["env"]))
             os.replace(made.storage.data_path, folder / "data")
         shutil.rmtree(folder / "scratch")
-    if is_id and "/" in id:
-        namespace = id.rpartition("/")[0]
-        if namespace not in minari.list_local_namespaces():
-            minari.create_namespace(namespace)
     return path, id
 
 
@@ -91,7 +87,7 @@ def import_minari(source: str, columns: Columns | None = None, codec: ActionCode
         made = minari.MinariDataset(folder) if folder else minari.load_dataset(source)
     except FileNotFoundError as error:
         raise ValueError(
-            f"there is no Minari dataset {source!r} here, neither a directory nor in {_home()}; minari download {source}"
+            f"there is no Minari dataset {source!r}, neither a directory nor in {_home()}; minari download {source}"
         ) from error
     raw = made.storage.metadata.get("raywm")
     card = json.loads(raw) if raw else {}
@@ -109,7 +105,9 @@ def _minari() -> Any:
         import h5py  # noqa: F401
         import minari
     except ImportError as error:
-        raise ValueError(f'Minari datasets need what is not installed ({error}); pip install "raywm[minari]" (Python >= 3.11)') from None
+        raise ValueError(
+            f'Minari datasets need what is not installed ({error}); pip install "raywm[minari]" (Python >= 3.11)'
+        ) from None
     return minari
 
 

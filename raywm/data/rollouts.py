@@ -97,7 +97,9 @@ def _single_action(path: Path) -> bool:
 
 
 def _infer_codec(files: list[Path]) -> ActionCodec:
-    low = high = dtype = None
+    low: Any = None
+    high: Any = None
+    dtype: Any = None
     for path in files:
         with np.load(path, allow_pickle=False) as data:
             action = data["actions" if "actions" in data.files else "action"]
@@ -106,7 +108,6 @@ def _infer_codec(files: list[Path]) -> ActionCodec:
         least, most = action.min(0), action.max(0)
         low, high = (least, most) if low is None else (np.minimum(low, least), np.maximum(high, most))
         dtype = action.dtype
-    assert low is not None and high is not None and dtype is not None
     if dtype.kind in "iu" and low.shape == ():
         return ActionCodec(gym.spaces.Discrete(max(int(high) + 1, 2)))
     shape = low.shape or (1,)
@@ -167,7 +168,7 @@ def _episode(
     ((name, box),) = columns.items()
     if obs.shape[1:] != box.shape or (obs.dtype == np.uint8) != (box.dtype == np.uint8):
         raise ValueError(
-            f"observations are {obs.dtype} {obs.shape[1:]}, the environment's are {box.dtype} {box.shape}; leave --env out"
+            f"observations are {obs.dtype} {obs.shape[1:]}, the environment's {box.dtype} {box.shape}; leave --env out"
         )
     if action.dtype.kind == "f" and codec.kind != "box":
         raise ValueError(f"actions are {action.dtype} numbers, the environment takes {codec.space}; leave --env out")
@@ -175,8 +176,8 @@ def _episode(
         raise ValueError(f"{rows} observations with {len(action) + 1} actions and {len(reward) + 1} rewards")
     actions = np.empty((rows, *codec.shape), codec.dtype)
     actions[0], actions[1:] = codec.zero(), action.reshape(rows - 1, *codec.shape)
-    flags = np.zeros((3, rows), bool)
-    flags[0, 0] = flags[1, -1] = True
-    flags[2, -1] = ended
+    first, last, terminal = np.zeros((3, rows), bool)
+    first[0] = last[-1] = True
+    terminal[-1] = ended
     rewards = np.concatenate([[0], reward]).astype(np.float32)
-    return Episode(id, {name: obs.astype(box.dtype, copy=False)}, actions, rewards, *flags, info)
+    return Episode(id, {name: obs.astype(box.dtype, copy=False)}, actions, rewards, first, last, terminal, info)

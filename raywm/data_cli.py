@@ -64,7 +64,9 @@ def verify(path: PathArg, as_json: JsonOption = False) -> None:
 @data.command()
 def export(
     path: PathArg,
-    out: Annotated[str, typer.Argument(help="A new directory; for minari also an id, e.g. cartpole/random-v0.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A new directory; for minari also an id, e.g. cartpole/random-v0.")
+    ],
     format: Annotated[str, typer.Option(help="parquet, minari or rllib.", show_default=False)],
     column: Annotated[
         str | None, typer.Option(help="rllib: the one observation column to write.", show_default=False)
@@ -88,8 +90,8 @@ def export(
 
 @data.command("import")
 def import_(
-    source: Annotated[str, typer.Argument(help="A directory, or the id of a Minari dataset.")],
-    out: Annotated[str, typer.Argument(help="The new dataset's directory.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A directory, or the id of a Minari dataset.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The new dataset's directory.")],
     format: Annotated[str, typer.Option(help="minari, world-models or parquet.", show_default=False)],
     env: Annotated[
         str | None, typer.Option(metavar="ID", help="The environment it was collected in.", show_default=False)
@@ -143,5 +145,5 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
             typer.echo(f"{key}:")
             for inner, what in value.items():
                 typer.echo(f"  {inner}  {what}")
-        elif value is not None:
+        elif value not in (None, ""):
             typer.echo(f"{key}  {value}")

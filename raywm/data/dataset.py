@@ -325,6 +325,6 @@ def _evicted(store: EpisodeStore) -> bool:
 
 
 def _alike(episode: Episode, first: Episode) -> None:
-    got, expected = ({name: f"{c.dtype} {c.shape[1:]}" for name, c in e.columns().items()} for e in (episode, first))
+    got, expected = ({name: (c.dtype, c.shape[1:]) for name, c in e.columns().items()} for e in (episode, first))
     if got != expected:
         raise ValueError(f"episode {episode.id!r} has columns {got}, expected {expected} as {first.id!r} has")

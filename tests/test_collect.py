@@ -54,7 +54,7 @@ def test_integrity_and_grouping(envs, make):
     for episode in whole.values():
         validate(episode, one.columns, one.codec)
         check_counting(episode)
-        assert set(episode.info) == {"number", "seed", "env", "policy", "version"}
+        assert set(episode.info) == {"number", "seed", "env", "policy", "version", "return"}
     assert len({e.obs["vector"].tobytes() for e in whole.values()}) == 20
     two = Collector(COUNTING, seed=3, envs=envs)
     for numbers in ([19, 2, 3], [0], [1, 4, 5, 6, 7, 8, 9, 10], range(11, 19)):

@@ -1,4 +1,4 @@
-"""The command line: collect, train, evaluate, dream, report, bench.
+"""The command line: collect, train, evaluate, dream, report, bench, data.
 
 Commands import what they run, so that ``--help`` and a typo in a key cost a fraction of a second.
 """
@@ -23,6 +23,7 @@ import typer
 from raywm import __version__
 from raywm import config as configs
 from raywm.config import RunConfig
+from raywm.data_cli import data
 
 app = typer.Typer(
     help="World models and the agents that learn inside them, on Ray.",
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure raywm on this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 PresetArg = Annotated[
     str, typer.Argument(metavar="PRESET|FILE", help=f"A YAML file, or one of: {', '.join(configs.presets())}.")

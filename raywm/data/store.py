@@ -355,8 +355,11 @@ class EpisodeStore:
             id, first_row, start = head["id"], head["first_row"], at
             at += head["rows"]
             entry = self._entries.get(id)
-            if self.known(id) and not ahead.get(id) and (head["rows"] or id in self._marks):
+            marked = id in self._marks
+            if entry is not None and entry.complete and head["rows"] and id not in ahead:
                 continue  # ids are deterministic: the same episode, played again after a death
+            if marked and id not in ahead and (first_row or not head["rows"]):
+                continue  # marked already, or the rest of what broke; one that begins again may go well
             stored = ahead.get(id, entry.rows if entry else 0)
             if head["rows"] and id not in ahead:
                 if first_row + head["rows"] <= stored and self._same(id, first_row, head["rows"], columns, start):

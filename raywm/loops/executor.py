@@ -57,7 +57,7 @@ class LocalRollouts:
     def collect(self, numbers: Iterable[int], stream: str, left: Any = None) -> Iterator[Played]:
         """Play and store episodes; see `Rollouts.collect`."""
         for chunk in chunks(numbers, self.config.envs):
-            have = stored(self.store, stream, numbers=chunk)
+            have = [played for played in stored(self.store, stream, numbers=chunk) if played[1]]
             yield from have
             done = {number for number, *_ in have}
             fresh = [number for number in chunk if number not in done]

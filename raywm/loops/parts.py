@@ -180,7 +180,7 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[
 
 
 def stored(store: EpisodeStore, stream: str, first: int = 0, numbers: Sequence[int] | None = None) -> list[Played]:
-    """What a store holds of a stream's episodes: of `numbers`, or of all from number `first` on.
+    """What a store holds of a stream's episodes: of `numbers`, or of all from number `first` on; broken ones as well.
 
     An episode is a function of its number and of who played it, so one that was written before a crash counts."""
     if numbers is None:

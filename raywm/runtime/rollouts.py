@@ -100,13 +100,15 @@ class Rollouts:
     def collect(self, numbers: Iterable[int], stream: str, left: Callable[[], float] | None = None) -> Iterator[Played]:
         """Play and store episodes; yields (number, steps, return) in the order of their ends, 0 steps for broken ones.
 
-        What is yielded is acknowledged: some shard has it. Episodes that a shard has already are not played again.
+        What is yielded is acknowledged: some shard has it. Episodes that a shard has are not played again, broken ones
+        are.
         `left`, where given, says how many episodes are about still wanted of endless `numbers`.
         """
         self._run += 1
         run, numbers = self._run, iter(numbers)
         number = next(numbers, None)
         have = {} if number is None else self.shards.stored(stream, number)
+        have = {n: played for n, played in have.items() if played[1]}  # what broke last time may go well now
         while number is not None and number in have:
             yield have[number]
             number = next(numbers, None)
@@ -118,7 +120,7 @@ class Rollouts:
 
         def units() -> Iterator[tuple[Any, tuple]]:
             while True:
-                size = self._size(None if left is None else left())
+                size = self._size(None if left is None else left() - sum(count for _, count in began.values()))
                 unit: list[int] = []
                 for number in fresh:
                     if number in have:
@@ -149,7 +151,7 @@ class Rollouts:
         size = min(round(self._pace * UNIT_S), UNIT_MOST)
         if left is not None and math.isfinite(left):
             size = min(size, round(left / (2 * self.config.workers)))
-        return max(size, self.config.envs if left is None or left > self.config.envs else 1)
+        return max(size, self.config.envs if left is None else 1)
 
     def _measure(self, since: float, episodes: int) -> None:
         """From order to answer, of which up to two are with a collector at once."""

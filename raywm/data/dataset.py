@@ -44,18 +44,19 @@ def write_card(
     policy: str = "unknown",
     seed: int | None = None,
     stream: str = "collect",
+    envs: int | None = None,
     made_with: str = "",
 ) -> dict[str, Any]:
     """Write a dataset's card, dataset.json, atomically; returns it.
 
     columns, codec: the spaces, or None where they are not known. env: the environment's config. stream: what episode
-    ids begin with. made_with: the command.
+    ids begin with. envs: rows of the batch that the agent acted on. made_with: the command.
     """
     spaces = None
     if columns is not None and codec is not None:
         spaces = {"action": codec.to_json(), "columns": columns_to_json(columns)}
     card = {"format": FORMAT, "env": env, "spaces": spaces, "policy": policy, "seed": seed, "stream": stream}
-    card |= {"raywm": __version__, "made_with": made_with}
+    card |= {"envs": envs, "raywm": __version__, "made_with": made_with}
     atomic_write_json(Path(directory) / CARD, card)
     return card
 

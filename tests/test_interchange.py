@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from raywm import cli
+from raywm import checkpoint, cli
 from raywm.agent import RandomAgent
 from raywm.collect import Collector
 from raywm.data import interchange, minari_io, rollouts
@@ -182,6 +182,15 @@ def test_runs_open_with_their_spaces(tmp_path, dataset):
         with Dataset(path) as view:
             assert len(view) == 4 and view.codec.space == dataset.codec.space and view.columns == dataset.columns
             assert view.verify()["ok"]
+    (run / "config.yaml").write_text("")
+    with EpisodeStore(run / "episodes") as store:
+        store.add(dataset.get("collect-000000007"))  # left over by a collector: a run leaves such gaps
+    for accepted, missing in (([0, 500_000], []), ([0, 1, 500_000], ["collect-000000001"])):
+        checkpoint.save(run / "checkpoints", len(accepted), state={"accepted": [f"collect-{n:09d}" for n in accepted]})
+        for path in (run, run / "episodes"):
+            with Dataset(path) as view:
+                report = view.verify()
+                assert (report["missing"], report["ok"]) == (missing, not missing)
 
 
 def test_remote_datasets_are_copied_and_local_uris_are_not(tmp_path, counting):

@@ -206,7 +206,8 @@ class Dataset:
         }
 
     def verify(self, progress: Callable[[int], Any] = lambda n: None) -> dict[str, Any]:
-        """Hold every byte against its CRC, every episode against the timing rule, every stream against gaps.
+        """Hold every byte against its CRC, every episode against the timing rule, every stream against gaps (a run:
+        against what its newest checkpoint counts on).
 
         Returns counts, `damaged` and `doubled` (ids), `invalid` and `broken` ({id: why}), `missing` (ids or
         "first..last"), `set_aside` (files), `incomplete` (episodes whose end has not come), and `ok`: nothing is
@@ -254,7 +255,10 @@ class Dataset:
         }
 
     def _missing(self, known: set[str]) -> list[str]:
-        """Gaps in the numbers of each stream, as ids or "first..last"."""
+        """Gaps in the numbers of each stream, as ids or "first..last"; of a run, what it has accepted and lost."""
+        accepted = _accepted(self.path)
+        if accepted is not None:  # a run stops in the middle of things: beyond what it accepted, gaps are no loss
+            return sorted(set(accepted) - known)
         numbers: dict[tuple[str, int], list[int]] = defaultdict(list)
         for id in known:
             if match := NUMBERED.fullmatch(id):
@@ -301,6 +305,15 @@ def _folders(path: Path) -> tuple[Path, dict[str, Path]]:
     raise ValueError(
         f"{path} holds no episodes, expected segment-*.arrows, shard-*/ or episodes/ in it; collect some first"
     )
+
+
+def _accepted(path: Path) -> list[str] | None:
+    """Ids of the episodes that a run counts on, by its newest checkpoint; None where there is no run."""
+    run = next((p for p in (path, path.parent) if (p / "config.yaml").is_file()), None)
+    if run is None or run != path and path.name != "episodes":
+        return None
+    states = sorted(run.glob("checkpoints/[0-9]*/state.json"))
+    return json.loads(states[-1].read_text())["state"].get("accepted", []) if states else []
 
 
 def _fetch(filesystem: fs.FileSystem, path: str, to: Path) -> int:

@@ -155,9 +155,8 @@ def _draw(codec: ActionCodec, rng: np.random.Generator, n: int) -> np.ndarray:
         return np.stack([codec.sample(rng) for _ in range(n)])
     draws = rng.random((n, codec.dim))
     if codec.kind == "discrete":
-        return (draws.argmax(-1) + codec.starts).astype(
-            codec.dtype, copy=False
-        )  # as decode does, at a fifth of its cost
+        # What decode does, at a fifth of its cost.
+        return (draws.argmax(-1) + codec.starts).astype(codec.dtype, copy=False)
     return codec.decode(2 * draws - 1 if codec.kind == "box" else draws)
 
 

@@ -67,7 +67,8 @@ class Collector:
     ) -> Iterator[tuple[pa.Table, list[Played]]]:
         """Play the episodes `numbers`; yield what has ended as blocks (``to_block``) and as Played.
 
-        A block is handed over when it holds `block_bytes`, or `block_s` seconds after the last one, or at the end.
+        A block is handed over when it holds `block_bytes`, or `block_s` seconds after the last one, or at the end; it
+        is larger than `block_bytes` by less than one episode.
         With `piece_rows` an episode that is still running hands over its rows in pieces of that many, and Played comes
         with the last. A broken episode is a piece without rows whose info says "broken": that voids its other pieces.
         An episode that is tried again begins again with its first row.
@@ -81,12 +82,12 @@ class Collector:
             if least is not None and least < 1:
                 raise ValueError(f"{what} is {least}, expected at least 1")
         play = Play(self, agent, numbers, stream, pickup=pickup, piece_rows=piece_rows)
-        handed = time.monotonic()
+        most, handed = max(1, block_bytes // play.recording.row_bytes), time.monotonic()
 
         def due() -> bool:
-            return play.rows * play.recording.row_bytes >= block_bytes or time.monotonic() - handed >= block_s
+            return play.rows >= most or time.monotonic() - handed >= block_s
 
-        for pieces, columns in self._run(play, due):
+        for pieces, columns in self._run(play, due, most):
             handed = time.monotonic()
             yield to_block(columns, [p.header() for p in pieces], common), [p.played() for p in pieces if p.ended]
 
@@ -149,13 +150,18 @@ class Collector:
         self._rows.clear()
         self._recordings.clear()
 
-    def _run(self, play: Play, due: Callable[[], bool]) -> Iterator[tuple[list[Piece], dict[str, np.ndarray]]]:
-        """Play until all has ended; the pieces so far and their rows whenever `due`, or where the recording is full."""
+    def _run(
+        self, play: Play, due: Callable[[], bool], most: int = 1 << 62
+    ) -> Iterator[tuple[list[Piece], dict[str, np.ndarray]]]:
+        """Play until all has ended; the pieces so far and their rows whenever `due`, or where the recording is full.
+
+        `most`: rows after which the pieces that follow are for the next time.
+        """
         self._turn += 1
         turn = self._turn
         while play.active or play.pieces:
             if play.pieces and (play.full or not play.active or due()):
-                yield play.take()
+                yield play.take(most)
                 if turn != self._turn:
                     raise RuntimeError("another collect or play began before this one ended; close() this one first")
                 continue

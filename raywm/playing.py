@@ -6,6 +6,7 @@ Used by ``raywm.collect``; imports no torch.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -159,9 +160,17 @@ class Play:
             recording.grow(oldest)
         self._until = oldest + recording.room
 
-    def take(self) -> tuple[list[Piece], dict[str, np.ndarray]]:
-        """The pieces so far and (with `keep`) their rows; sets their returns."""
-        pieces, self.pieces, self.rows = self.pieces, [], 0
+    def take(self, rows: int) -> tuple[list[Piece], dict[str, np.ndarray]]:
+        """The first of the pieces, as many as it takes to have so many rows, and (with `keep`) their rows.
+
+        Sets the returns of episodes that have ended.
+        """
+        count = len(self.pieces)
+        if self.rows > rows:
+            totals = itertools.accumulate(piece.rows for piece in self.pieces)
+            count = 1 + next(index for index, total in enumerate(totals) if total >= rows)
+        pieces, self.pieces = self.pieces[:count], self.pieces[count:]
+        self.rows -= sum(piece.rows for piece in pieces)
         spans = [(p.row, p.begin, p.rows) for p in pieces]
         columns: dict[str, np.ndarray] = {}
         if self.keep:
@@ -233,7 +242,8 @@ class Play:
             if (self.recording.time + 1) % self.pickup == 0:
                 self._switch()
         is_first = np.zeros(self.collector.envs, bool)
-        is_first[self._began] = True
+        if self._began:
+            is_first[self._began] = True
         acted = self._act_in(self.lanes[0], is_first)
         if len(self.lanes) > 1:
             acted = acted.copy()
@@ -325,7 +335,9 @@ class Play:
         collector, episode = self.collector, row.episode
         assert episode is not None
         said = f"step {self.recording.time - episode.begin}: {what}"
+        collector.busy = row  # making an environment may hang as well as stepping it
         row.renew(collector.config)
+        collector.busy = None
         collector.restarts += 1
         self.recording.clear(row.index)
         self.pieces = [piece for piece in self.pieces if piece.episode is not episode]  # it begins again, or is void

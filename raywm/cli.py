@@ -138,6 +138,7 @@ def collect(
                 steps=steps,
                 policy=policy,
                 resume=resume,
+                fast=fast,
                 in_process=in_process,
                 made_with=shlex.join(command),
                 fixes=fixes,

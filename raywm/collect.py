@@ -45,6 +45,7 @@ class Collector:
         self._rows: dict[int, Row] = {}
         self._recordings: dict[bool, Recording] = {}
         self._turn = 0
+        self._stopped = False
         self.offers: deque[Agent] = deque(maxlen=1)
         self.steps = 0  # vector steps
         self.busy: Row | None = None  # whose environment is being called
@@ -130,6 +131,10 @@ class Collector:
         """
         self.offers.append(agent)
 
+    def stop(self) -> None:
+        """From any thread: what is being played is not wanted any more; the iterator ends before the next step."""
+        self._stopped = True
+
     def stalled(self) -> tuple[int, float] | None:
         """From one other thread, again and again: (number, seconds) of the episode whose environment is being called.
 
@@ -159,7 +164,8 @@ class Collector:
         """
         self._turn += 1
         turn = self._turn
-        while play.active or play.pieces:
+        self._stopped = False
+        while (play.active or play.pieces) and not self._stopped:
             if play.pieces and (play.full or not play.active or due()):
                 yield play.take(most)
                 if turn != self._turn:

@@ -84,6 +84,9 @@ class CollectConfig(Section):
     episodes: Count = Field(10, description="Episodes a turn, played with the controller.")
     explore: Fraction = Field(0.1, description="Chance a step of a random action, in episodes that are no trials.")
     timeout_s: Positive = Field(300.0, description="Seconds after which a collector's answer counts as lost.")
+    piece_rows: Count | None = Field(
+        None, description="Episodes are handed over in pieces of this many rows, while they are played."
+    )
     stall_s: Positive = Field(
         60.0, description="Seconds an environment's step or reset may take before it is restarted."
     )

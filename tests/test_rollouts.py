@@ -20,6 +20,7 @@ from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
 from raywm.loops.parts import in_order
 from raywm.runtime.collect import collect_dataset
+from raywm.seeding import derive
 
 COUNTING = EnvConfig(id="raywm/Counting-v0")
 

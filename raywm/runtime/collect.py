@@ -19,13 +19,14 @@ from raywm.config import RunConfig
 from raywm.data.dataset import CARD, read_card, write_card
 from raywm.data.mirror import Mirror
 from raywm.envs import make_env
+from raywm.fast import FastCollector
 from raywm.log import Console
 from raywm.loops.dataset import STREAM, Collection
 from raywm.loops.executor import LocalRollouts
 from raywm.loops.parts import first_agent
 from raywm.spaces import ActionCodec, columns_to_json
 
-FIXED = ("env", "spaces", "policy", "seed", "envs")  # of the card: what decides the episodes
+FIXED = ("env", "spaces", "policy", "seed", "stream", "envs")  # of the card: what decides the episodes
 
 
 def collect_dataset(
@@ -36,6 +37,7 @@ def collect_dataset(
     steps: int | None = None,
     policy: str | None = None,
     resume: bool = False,
+    fast: bool = False,
     in_process: bool = False,
     made_with: str = "",
     fixes: list[str] | None = None,
@@ -47,6 +49,7 @@ def collect_dataset(
         config: its env, seed, collect and replay sections count.
         episodes, steps: how much there shall be in all; neither: 100 episodes.
         policy: "random", "sticky", "mixed", a run's directory or "module:AgentClass"; None: `config.collect.policy`.
+        fast: in the environment's own vectorised form; its episodes are not reproducible one by one.
         made_with: the command, for the card; fixes: gets what to do about errors once something may be kept.
         resume: go on in a dataset that is there; it must be of the same environment, seed and policy.
     Raises ValueError for what does not fit together, before anything is written.
@@ -62,10 +65,13 @@ def collect_dataset(
     finally:
         env.close()
     agent, name, config = _agent(policy, config, columns, codec)
+    if fast:
+        FastCollector(config.env, config.seed, 1).close()  # it has a native form, or says so here
+        console.say("--fast: episodes share one random stream, so they are not reproducible one by one")
     place = _Place(out)
     card = {
         **{"env": config.env.model_dump(mode="json"), "policy": name, "seed": config.seed},
-        **{"stream": STREAM, "envs": config.collect.envs, "made_with": made_with},
+        **{"stream": "fast" if fast else STREAM, "envs": config.collect.envs, "made_with": made_with},
     }
     spaces = {"action": codec.to_json(), "columns": columns_to_json(columns)}
     place.open({**card, "spaces": spaces}, resume)
@@ -76,7 +82,7 @@ def collect_dataset(
         if fixes is not None:
             fixes.append("what is collected is kept: mend it, and go on with --resume")
         console.say(f"{out}: {config.env.id}, {name}, seed {config.seed}")
-        result = Collection(rollouts, agent, episodes=episodes, steps=steps, console=console).run()
+        result = Collection(rollouts, agent, episodes=episodes, steps=steps, console=console, fast=fast).run()
     place.finish()
     return {"dataset": out, "env_id": config.env.id, "policy": name, **result}
 

@@ -55,7 +55,7 @@ class Rollouts:
             capacity_bytes=None if replay.capacity_mb is None else int(replay.capacity_mb * mb),
             seal_s=replay.seal_s,
         )
-        self._worker = env, seed, collect.envs, self.shards.places(), collect.stall_s
+        self._worker = env, seed, collect.envs, self.shards.places(), collect.stall_s, collect.piece_rows
         self._say, self._on_death = say, on_death
         self._pool: WorkerPool | None = None
         self._run = 0
@@ -146,6 +146,38 @@ class Rollouts:
             results.close()
             self.pool.tell("cancel", run)
 
+    def collect_fast(self, unit: int, envs: int, left: Callable[[], float]) -> Iterator[tuple[int, int, float]]:
+        """Play and store in the environment's native vector form, from unit number `unit` on, without an end.
+
+        Yields (episodes, steps, sum of returns) a unit, which is about a second of one collector's work; `left`: about
+        how many steps are still wanted. See `FastCollector`.
+        """
+        self._run += 1
+        run = self._run
+        began: dict[int, tuple[float, int]] = {}
+        pace = 10_000.0
+
+        def units() -> Iterator[tuple[int, tuple]]:
+            for number in itertools.count(unit):
+                wanted = left() - sum(steps for _, steps in began.values())
+                steps = max(1000, round(min(pace * UNIT_S, wanted / self.config.workers)))
+                began[number] = time.monotonic(), steps
+                yield number, (number, steps, envs, run)
+
+        results = self.pool.map("collect_fast", units())
+        try:
+            for number, done in results:
+                since, _ = began.pop(number)
+                pace = min(done[1] / max(time.monotonic() - since, 1e-3), 8 * pace)
+                yield done
+        finally:
+            results.close()
+            self.pool.tell("cancel", run)
+
+    def streams(self) -> set[str]:
+        """What the ids of stored episodes begin with, up to their numbers."""
+        return {stream for found in self.shards.ask("streams") for stream in found}
+
     def _size(self, left: float | None) -> int:
         """Episodes of the next unit: about a second of one collector's work, less where little is left."""
         size = min(round(self._pace * UNIT_S), UNIT_MOST)
@@ -172,7 +204,9 @@ class Rollouts:
         return np.array(means), sum(p[1] for each in played.values() for p in each)
 
     def settle(self) -> None:
-        """See what was written onto the disks, and to the storage."""
+        """Wait for what was cancelled to end; see what was written onto the disks, and to the storage."""
+        if self._pool is not None:
+            self._pool.drain()
         self.shards.settle()
 
     def stored(self, stream: str, first: int) -> dict[int, Played]:

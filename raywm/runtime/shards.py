@@ -100,6 +100,10 @@ class ReplayShard:
         """Which of these episodes of a stream are here."""
         return stored(self.store, stream, numbers=numbers)
 
+    def streams(self) -> set[str]:
+        """What the ids of its episodes begin with, up to their numbers."""
+        return {id.rpartition("-")[0] for id in self.store.ids()}
+
     def where(self) -> tuple[str, str]:
         """Node and path, for readers that can map the segments themselves."""
         return ray.get_runtime_context().get_node_id(), str(self.store.path)

@@ -17,6 +17,7 @@ import ray
 
 from raywm.collect import Collector
 from raywm.config import EnvConfig
+from raywm.fast import FastCollector
 from raywm.seeding import derive
 
 if TYPE_CHECKING:  # it imports torch, which a collector of random actions can do without
@@ -31,10 +32,19 @@ class CollectWorker:
     Args:
         env: an EnvConfig; seed, envs: of the ``Collector``; shards: (node, actor) of each, the one on its own node is
             used if there is one; stall_s: an environment call that takes longer takes this process down with it.
+        piece_rows: episodes are handed over in pieces of so many rows, while they are played.
     """
 
-    def __init__(self, env: EnvConfig, seed: int, envs: int, shards: Sequence[tuple[str, Any]], stall_s: float = 60.0):
-        self.collector = Collector(env, seed, envs)
+    def __init__(
+        self,
+        env: EnvConfig,
+        seed: int,
+        envs: int,
+        shards: Sequence[tuple[str, Any]],
+        stall_s: float = 60.0,
+        piece_rows: int | None = None,
+    ):
+        self.collector, self.piece_rows = Collector(env, seed, envs), piece_rows
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.common = {"collector": self.name, "env_config": env.model_dump(mode="json")}
         self.shards, self.stall_s = [actor for _, actor in shards], stall_s
@@ -42,7 +52,7 @@ class CollectWorker:
         near = [actor for at, actor in shards if at == node] or self.shards
         self.shard: Any = near[zlib.crc32(self.name.encode()) % len(near)]
         self.agent: Any = None
-        self._cancelled = -1
+        self._run, self._cancelled = 0, -1
         self._stream = ""
         threading.Thread(target=self._watch, daemon=True, name="stall-watch").start()
 
@@ -60,6 +70,8 @@ class CollectWorker:
     def cancel(self, run: int) -> None:
         """What is under way for `run`, or one before it, is not wanted any more; may come at any time."""
         self._cancelled = max(self._cancelled, run)
+        if self._run <= run:
+            self.collector.stop()
 
     def collect(self, numbers: Sequence[int], stream: str, run: int = 0, again: bool = False) -> list[Played]:
         """Play and store episodes; returns when the shard has acknowledged them all. `again`: after a death."""
@@ -70,20 +82,40 @@ class CollectWorker:
             done = {n for n, *_ in out}
             numbers, out = [n for n in numbers if n not in done], list({p[0]: p for p in out}.values())
         flying: list[Any] = []
-        self._stream = stream
-        blocks: Any = self.collector.blocks(self.agent, numbers, stream, common=self.common)
+        self._stream, self._run = stream, run
+        if run <= self._cancelled:
+            return out
+        blocks: Any = self.collector.blocks(self.agent, numbers, stream, common=self.common, piece_rows=self.piece_rows)
         for block, played in blocks:
             flying.append(self.shard.add.remote(block))
             out += [(p.number, 0, float("nan")) if p.broken else (p.number, p.steps, p.ret) for p in played]
             while len(flying) > IN_FLIGHT:
                 ready, flying = ray.wait(flying)
                 ray.get(ready)
-            if run <= self._cancelled:
-                blocks.close()
-                break
         ray.get(flying)
         self._stream = ""
         return out
+
+    def collect_fast(self, unit: int, steps: int, envs: int, run: int = 0) -> tuple[int, int, float]:
+        """Play and store about `steps` steps in `envs` native copies, of a seed of this unit's own (`FastCollector`).
+
+        Returns episodes, steps and the sum of returns.
+        """
+        fast = FastCollector(self.collector.config, self.collector.seed, envs, unit)
+        done, total, returns = 0, 0, 0.0
+        flying: list[Any] = []
+        for block, played in fast.blocks(self.agent, common=self.common):
+            flying.append(self.shard.add.remote(block))
+            done += len(played)
+            total += sum(p.steps for p in played)
+            returns += sum(p.ret for p in played)
+            if len(flying) > IN_FLIGHT:
+                ray.get(flying.pop(0))
+            if total >= steps or run <= self._cancelled:
+                break
+        ray.get(flying)
+        fast.close()
+        return done, total, returns
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them."""

@@ -287,13 +287,11 @@ class FaultyEnv(gym.Env):
 class SleepEnv(gym.Env):
     """An environment that costs time and nothing else: `length` steps of `seconds` each, then truncated.
 
-    It sees how much of the episode is over. All such environments of a process share one clock with absolute
-    deadlines: a step returns `seconds` after the step before it was due, in whichever environment that was, so the
-    operating system's timer slack does not add up (and what goes on between two steps is part of the later one, as in
-    a control loop of fixed rate). Who comes later than a whole step after that sleeps `seconds` from then.
+    It sees how much of the episode is over. What one sleep took too long (the operating system's timer slack) the
+    process's next one is shorter by, so that it does not add up; what goes on between two steps costs what it costs.
     """
 
-    _due = 0.0  # on the monotonic clock, of the process's last step
+    _slack = 0.0  # seconds slept too long so far, by all such environments of the process
 
     def __init__(self, seconds: float = 0.0025, length: int = 200):
         if seconds < 0 or length < 1:
@@ -312,10 +310,9 @@ class SleepEnv(gym.Env):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
         self.t += 1
-        now = time.monotonic()
-        late = now > SleepEnv._due + self.seconds
-        SleepEnv._due = (now if late else SleepEnv._due) + self.seconds
-        time.sleep(max(0.0, SleepEnv._due - now))
+        began, wanted = time.monotonic(), self.seconds - SleepEnv._slack
+        time.sleep(max(0.0, wanted))
+        SleepEnv._slack = min(time.monotonic() - began - wanted, self.seconds)
         return self._observe(), 1.0, False, self.t >= self.length, {}
 
 

@@ -219,7 +219,7 @@ class Play:
                     plain[index] = obs  # what _see would do, without its dict
                 else:
                     self._see(row, obs)
-                reward_of[index] = reward
+                reward_of[index] = float(reward)  # numpy would make a nan of None
                 if terminated or truncated:
                     ended.append((row, bool(terminated)))
             except Exception as error:

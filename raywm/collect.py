@@ -83,7 +83,7 @@ class Collector:
             if least is not None and least < 1:
                 raise ValueError(f"{what} is {least}, expected at least 1")
         play = Play(self, agent, numbers, stream, pickup=pickup, piece_rows=piece_rows)
-        most, handed = max(1, block_bytes // play.recording.row_bytes), time.monotonic()
+        most, handed = -(-block_bytes // play.recording.row_bytes), time.monotonic()
 
         def due() -> bool:
             return play.rows >= most or time.monotonic() - handed >= block_s

@@ -136,7 +136,9 @@ class Play:
         for row in self.active:
             row.episode = None  # an earlier call may have been closed early
         self.idle = [index for index, queue in enumerate(self.waiting) if not queue]
-        self._nobody = rng(collector.seed, "idle")  # idle rows must draw from something, and nobody sees what
+        # Rows that do not play in a lane must draw from something, and nobody sees what: from this at first, and later
+        # from what is left of the lane's last episode there.
+        self._nobody = rng(collector.seed, "idle")
         self.lanes = [Lane(agent, collector.envs, self._nobody)]  # the newest is the last
         self.pieces: list[Piece] = []
         self.rows = 0  # of the pieces
@@ -217,7 +219,7 @@ class Play:
                     plain[index] = obs  # what _see would do, without its dict
                 else:
                     self._see(row, obs)
-                reward_of[index] = reward
+                reward_of[index] = float(reward)  # numpy would make a nan of None
                 if terminated or truncated:
                     ended.append((row, bool(terminated)))
             except Exception as error:
@@ -288,20 +290,14 @@ class Play:
         seed = derive(collector.seed, self.stream, "env", number)
         episode = Running(f"{self.stream}-{number:09d}", number, seed, collector.id, recording.time, lane)
         row.episode = episode
-        if len(self.lanes) > 1:
-            self._forget_lanes(index)
+        if len(self.lanes) > 1:  # those whose last episode has ended go
+            playing = {id(other.episode.lane) for other in self.active if other.episode is not None}
+            self.lanes = [lane for lane in self.lanes if id(lane) in playing]
         lane.rngs[index] = rng(collector.seed, self.stream, "act", number)
         self._began.append(index)
         self._alarm = min(self._alarm, episode.begin + self._patience)
         self._see(row, row.env.env.reset(seed=seed)[0])
         recording.reward[index] = 0
-
-    def _forget_lanes(self, index: int) -> None:
-        """Row `index` has left its lane: lanes without rows go, but for the newest."""
-        for lane in self.lanes[:-1]:
-            lane.rngs[index] = self._nobody
-        playing = {id(row.episode.lane) for row in self.active if row.episode is not None}
-        self.lanes = [lane for lane in self.lanes[:-1] if id(lane) in playing] + self.lanes[-1:]
 
     def _see(self, row: Row, obs: Any) -> None:
         for name, column in row.columns(obs).items():
@@ -327,8 +323,6 @@ class Play:
         if not self.waiting[row.index]:
             self.active.remove(row)
             self.idle.append(row.index)
-            for lane in self.lanes:
-                lane.rngs[row.index] = self._nobody
 
     def _fail(self, row: Row, what: str, error: Exception | None) -> None:
         """The environment of a row broke: another one, and the episode once more or never again."""

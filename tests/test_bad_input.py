@@ -132,7 +132,7 @@ def test_a_run_that_failed_at_its_start_does_not_block_the_next(tmp_path, monkey
     monkeypatch.syspath_prepend(Path(__file__).parent)
     out = tmp_path / "run"
     said = line(train(out, "env.id=test_bad_input:NoReward"))
-    assert "episode 0, step 1: TypeError" in said and "--resume" in said
+    assert "episode 3, step 1: TypeError" in said and "--resume" in said
     assert train(out, "env.id=test_bad_input:Env").exit_code == 0
     assert "already holds a run" in line(train(out))
 

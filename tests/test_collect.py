@@ -16,6 +16,7 @@ from raywm.collect import Collector
 from raywm.data.episode import from_block, table_meta, validate
 from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
+from raywm.recording import Recording
 from raywm.seeding import derive
 from raywm.spaces import ActionCodec
 
@@ -40,6 +41,20 @@ class Listening(Agent):
         seen = np.where(is_first, 0, state) * 0.9 + obs["vector"].sum(-1)
         draws = np.array([rng.random() for rng in rngs])
         return ((seen + 100 * draws) % self.codec.dim).astype(self.codec.dtype), seen
+
+
+class Strict(Listening):
+    """Wants every row begun by `is_first`, finite numbers, and zeros in the rows that it is told are idle."""
+
+    idle: tuple[int, ...] = ()
+
+    def initial(self, B):
+        return np.full(B, np.nan)
+
+    def act(self, obs, state, is_first, rngs):
+        assert not (np.isnan(state) & ~is_first).any() and np.isfinite(obs["vector"]).all()
+        assert not obs["vector"][list(self.idle)].any()
+        return super().act(obs, state, is_first, rngs)
 
 
 def same(a, b):
@@ -109,9 +124,32 @@ def test_long_episodes_outgrow_and_outlive_the_recording(monkeypatch):
         check_counting(episode, (1, 1500))
         lengths.append(len(episode))
     assert max(lengths) > 1024 and collector.recording(True).room >= 2048  # of 64 at first: several doublings
-    assert sorted(p.steps + 1 for p in collector.play(RandomAgent(collector.codec), range(12), "collect")) == sorted(
-        lengths
-    )
+    numbers, again = range(12, 60), Collector(env, seed=0, envs=2)
+    kept = sorted((e.info["number"], e.steps, e.ret) for e in collector.collect(RandomAgent(collector.codec), numbers))
+    played = again.play(RandomAgent(collector.codec), numbers, "collect")
+    assert [(p.number, p.steps, p.ret) for p in played] == kept
+
+
+def test_a_recording_grows_around_what_it_holds(monkeypatch):
+    monkeypatch.setattr("raywm.recording.BLOCK_BYTES", 1)
+    recording = Recording({"vector": gym.spaces.Box(0, 9999, (1,), np.float32)}, ActionCodec(gym.spaces.Discrete(9)), 2)
+    for time_ in range(300):
+        if time_ == 120:
+            recording.grow(oldest=60)
+        if time_:
+            recording.advance(np.array([time_ % 9, 0]))
+        recording.now["vector"][:] = [[time_], [0]]
+        recording.reward[:] = time_ + 1
+        if time_ in (125, 187, 299):
+            begin = max(60, time_ - 127)
+            span, no = np.array([time_ + 1 - begin]), np.array([False])
+            columns = recording.gather(np.array([0]), np.array([begin]), span, no, no, no)
+            times = np.arange(begin, time_ + 1)
+            np.testing.assert_array_equal(columns["obs.vector"][:, 0], times)
+            np.testing.assert_array_equal(columns["action"], times % 9)
+            np.testing.assert_array_equal(columns["reward"], times + 1)
+            np.testing.assert_array_equal(recording.rewards(1, begin, span[0]), times + 1)
+    assert recording.room == 128
 
 
 def stored(blocks, path, collector):
@@ -154,10 +192,10 @@ def test_blocks_come_by_size_and_by_time():
     agent = RandomAgent(collector.codec)
     small = [b for b, _ in collector.blocks(agent, range(200), block_bytes=20_000, block_s=1e9)]
     row = small[0].nbytes / small[0].num_rows
-    assert all(20_000 <= b.num_rows * row < 20_000 + 4 * 41 * row for b in small[:-1]) and len(small) > 10
+    assert all(20_000 <= b.num_rows * row < 20_000 + 41 * row for b in small[:-1]) and len(small) > 10
     assert len(list(collector.blocks(agent, range(200), block_bytes=10**9, block_s=1e9))) == 1
     alike = Collector({"id": "raywm/Counting-v0", "kwargs": {"lengths": [30, 30]}}, seed=0, envs=8)
-    blocks = list(alike.blocks(agent, range(80), block_bytes=1000, block_s=1e9))
+    blocks = list(alike.blocks(agent, range(80), block_bytes=900, block_s=1e9))
     assert [len(played) for _, played in blocks] == [1] * 80  # though eight of them end at once
     timed = list(collector.blocks(agent, range(200), block_bytes=10**9, block_s=0.0))
     assert max(len(played) for _, played in timed) <= 4  # whatever ended with one vector step
@@ -191,8 +229,8 @@ def broken_numbers(seed, stream, numbers, every):
 
 @pytest.mark.parametrize("fault", ["raise", "nan_obs", "nan_reward"])
 @pytest.mark.parametrize("at", [0, 1, 5, 20])
-@pytest.mark.parametrize("piece_rows", [None, 4])
-def test_broken_episodes_are_kept_out(fault, at, piece_rows, tmp_path):
+@pytest.mark.parametrize("piece_rows, block_s", [(None, 0.0), (4, 0.0), (4, 1e9)])
+def test_broken_episodes_are_kept_out(fault, at, piece_rows, block_s, tmp_path):
     if fault == "nan_reward" and at == 0:
         return  # a reset gives no reward
     here = Collector({"id": "raywm/Faulty-v0", "kwargs": {"fault": None}}, seed=2, envs=4)
@@ -201,7 +239,11 @@ def test_broken_episodes_are_kept_out(fault, at, piece_rows, tmp_path):
     expected = broken_numbers(2, "collect", range(100), 20)
     assert 2 <= len(expected) <= 10
     collector = Collector({"id": "raywm/Faulty-v0", "kwargs": kwargs}, seed=2, envs=4)
-    blocks = collector.blocks(Listening(collector.codec), range(100), piece_rows=piece_rows, block_s=0.0)
+    blocks = [*collector.blocks(Strict(collector.codec), range(100), piece_rows=piece_rows, block_s=block_s)]
+    for block, _ in blocks:
+        heads = table_meta(block)["pieces"]
+        assert all(head["rows"] or (head["first_row"], head["last"]) == (0, True) for head in heads)
+        assert len({(head["id"], head["first_row"]) for head in heads}) == len(heads)
     kept, marks, played = stored(blocks, tmp_path / "store", collector)
     assert collector.broken == len(expected) and collector.restarts == 2 * len(expected)
     assert sorted(marks) == [f"collect-{n:09d}" for n in expected]
@@ -221,15 +263,18 @@ def test_broken_episodes_are_kept_out(fault, at, piece_rows, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan_obs", "nan_reward"])
-@pytest.mark.parametrize("piece_rows", [None, 4])
-def test_a_transient_fault_leaves_no_trace_but_the_count(fault, piece_rows, tmp_path):
+@pytest.mark.parametrize("piece_rows, block_s", [(None, 0.0), (4, 0.0), (4, 1e9)])
+def test_a_transient_fault_leaves_no_trace_but_the_count(fault, piece_rows, block_s, tmp_path):
     here = Collector({"id": "raywm/Faulty-v0", "kwargs": {"fault": None}}, seed=2, envs=4)
     clean = {e.id: e for e in here.collect(Listening(here.codec), range(30))}
     struck = tmp_path / "struck"
     struck.mkdir()
     kwargs = {"fault": fault, "at": 9, "once": str(struck / "{seed}"), "every": 3}
     collector = Collector({"id": "raywm/Faulty-v0", "kwargs": kwargs}, seed=2, envs=4)
-    blocks = collector.blocks(Listening(collector.codec), range(30), piece_rows=piece_rows, block_s=0.0)
+    blocks = [*collector.blocks(Strict(collector.codec), range(30), piece_rows=piece_rows, block_s=block_s)]
+    for block, _ in blocks:
+        heads = table_meta(block)["pieces"]
+        assert len({(head["id"], head["first_row"]) for head in heads}) == len(heads)
     kept, marks, played = stored(blocks, tmp_path / "store", collector)
     assert collector.restarts == len(list(struck.iterdir())) == len(broken_numbers(2, "collect", range(30), 3)) > 3
     assert not marks and collector.broken == 0 and len(played) == 30
@@ -349,10 +394,28 @@ def test_offers_at_a_step_interval():
         mixed += first != last
     assert mixed >= 3
     # From one kind of agent to another, whose memory begins in the middle of an episode.
-    collector.offer(RandomAgent(collector.codec))
-    blocks = collector.blocks(Listening(collector.codec), range(3), pickup=20)
-    infos = [p.info for _, played in blocks for p in played]
-    assert [i["policy"] for i in infos] == ["listening"] * 3
+    collector.offer(Strict(collector.codec))
+    blocks = list(collector.blocks(RandomAgent(collector.codec), range(3), pickup=20))
+    random = {e.id: e for e in collector.collect(RandomAgent(collector.codec), range(3))}
+    for block, _ in blocks:
+        for episode in from_block(block):
+            assert episode.info["policy"] == "random"
+            same_so_far = episode.action == random[episode.id].action[: len(episode)]
+            assert same_so_far[:20].all() and not same_so_far.all()
+
+
+def test_idle_rows_hold_zeros(monkeypatch):
+    monkeypatch.setattr("raywm.recording.BLOCK_BYTES", 1)
+    collector = Collector(COUNTING, seed=0, envs=4)
+    agent = Strict(collector.codec)
+    agent.idle = (1, 3)
+    assert len(list(collector.collect(agent, range(0, 40, 2)))) == 20
+    agent.idle = (0, 1, 2)
+    assert len(list(collector.collect(agent, range(3, 40, 4)))) == 10  # where others were before
+    agent.idle = (2, 3)
+    for episode in collector.collect(agent, [0, 1, *range(4, 400, 4)]):
+        if episode.info["number"] >= 40:  # long after row 1 has played its only episode
+            agent.idle = (1, 2, 3)
 
 
 def test_closing_early_and_crossing():
@@ -396,17 +459,21 @@ class Wrong(gym.Env):
     observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
     action_space = gym.spaces.Discrete(2)
 
+    def __init__(self, size=4):
+        self.size = size
+
     def reset(self, *, seed=None, options=None):
         return np.zeros(3, np.float32), {}
 
     def step(self, action):
-        return np.zeros(4, np.float32), 0.0, False, False, {}
+        return np.zeros(self.size, np.float32), 0.0, False, False, {}
 
 
 def test_wrong_shapes_and_endless_episodes_are_named():
-    collector = Collector({"id": "test_collect:Wrong"}, seed=0, envs=2)
-    with pytest.raises(ValueError, match="'test_collect:Wrong', episode 0, step 1: "):
-        collector.play(RandomAgent(collector.codec), [0])
+    for size in (1, 4):  # numpy would spread one number over three
+        collector = Collector({"id": "test_collect:Wrong", "kwargs": {"size": size}}, seed=0, envs=2)
+        with pytest.raises(ValueError, match="'test_collect:Wrong', episode 0, step 1: "):
+            collector.play(RandomAgent(collector.codec), [0])
     endless = Collector({"id": "raywm/Faulty-v0", "kwargs": {"steps": 10**9, "fault": None}}, 0, envs=2, max_steps=30)
     with pytest.raises(ValueError, match=r"episode 1, step 30: .*time_limit"):
         endless.play(RandomAgent(endless.codec), [1])

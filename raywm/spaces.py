@@ -69,6 +69,7 @@ class ActionCodec:
         assert space.shape is not None and space.dtype is not None
         self.shape: tuple[int, ...] = tuple(space.shape)
         self.dtype = np.dtype(space.dtype)
+        self._eyes = [np.eye(n, dtype=np.float32) for n in self.groups]  # one-hot rows, made once
 
     def __repr__(self) -> str:
         return f"ActionCodec({self.space})"
@@ -92,10 +93,10 @@ class ActionCodec:
         if self.kind == "multi_binary":
             return (action.reshape(*lead, self.dim) != 0).astype(np.float32)
         choice = action.reshape(*lead, len(self.groups)).astype(np.int64) - self.starts
-        if ((choice < 0) | (choice >= np.array(self.groups))).any():
+        if (choice.view(np.uint64) >= np.array(self.groups, np.uint64)).any():  # a negative one is huge as unsigned
             raise ValueError(f"actions range from {action.min()} to {action.max()}, expected members of {self.space}")
-        hot = [np.eye(n, dtype=np.float32)[choice[..., g]] for g, n in enumerate(self.groups)]
-        return np.concatenate(hot, axis=-1)  # G x (..., n_g) -> (..., A)
+        hot = [eye.take(choice[..., g], axis=0) for g, eye in enumerate(self._eyes)]
+        return hot[0] if len(hot) == 1 else np.concatenate(hot, axis=-1)  # G x (..., n_g) -> (..., A)
 
     def decode(self, vector: Any) -> np.ndarray:
         """Float vectors (..., A) -> environment actions (..., *shape) of the space's dtype.

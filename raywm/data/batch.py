@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +23,59 @@ class Batch:
     is_terminal: Tensor
     mask: Tensor  # (B, T) bool: False on padding
     weight: Tensor  # (B,) float32: the weight of a sequence in the loss
-    ids: list[str]  # the episode of each sequence
+    ids: list[str]  # the episode of each sequence; of one that crosses into others, its first row's
     start: dict[str, Tensor] | None = None  # a stored State for row 0 (online loops), or None
+    keys: np.ndarray | None = None  # (B,) int64, of a prioritised replay: names the sequences in ``Replay.update``
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors but the start's by name, observation columns as "obs.NAME"."""
+        rest = ("action", "reward", "is_first", "is_last", "is_terminal", "mask", "weight")
+        return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in rest}
+
+    def like(self, pin: bool = False) -> Batch:
+        """A batch of the same shapes in host memory, to be filled; `pin`: in page-locked memory, for fast copies."""
+        (B, T, A), like = self.action.shape, {n: (tuple(c.shape[2:]), c.dtype) for n, c in self.obs.items()}
+        return blank(B, T, like, A, pin)
+
+
+def blank(B: int, T: int, obs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], A: int, pin: bool = False) -> Batch:
+    """A batch to be filled, with observation columns of these row shapes and dtypes and weights of 1."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+
+    flags = {n: empty(B, T, dtype=torch.bool) for n in ("is_first", "is_last", "is_terminal", "mask")}
+    return Batch(
+        obs={name: empty(B, T, *shape, dtype=dtype) for name, (shape, dtype) in obs.items()},
+        action=empty(B, T, A, dtype=torch.float32),
+        reward=empty(B, T, dtype=torch.float32),
+        weight=empty(B, dtype=torch.float32).fill_(1),
+        ids=[""] * B,
+        **flags,
+    )
+
+
+def joined(batches: Sequence[Batch], out: Batch | None = None) -> Batch:
+    """Batches of sequences one after another: into `out`'s tensors where given, else into new ones."""
+    if not batches:
+        raise ValueError("no batches to join, expected at least one")
+    first = batches[0]
+    if out is None:
+        A, T = first.action.shape[-1], first.action.shape[1]
+        like = {n: (tuple(c.shape[2:]), c.dtype) for n, c in first.obs.items()}
+        out = blank(sum(len(batch.ids) for batch in batches), T, like, A)
+    B, parts = sum(len(batch.ids) for batch in batches), [batch.tensors() for batch in batches]
+    for name, to in out.tensors().items():
+        if to.shape != (B, *parts[0][name].shape[1:]):
+            raise ValueError(f"out.{name} is {tuple(to.shape)}, expected {(B, *parts[0][name].shape[1:])}")
+        torch.cat([part[name] for part in parts], out=to)
+    out.ids = [id for batch in batches for id in batch.ids]
+    keys = [batch.keys for batch in batches if batch.keys is not None]
+    out.keys = np.concatenate(keys) if len(keys) == len(batches) else None
+    return out
 
 
 def _to(value: Any, device: str | torch.device, non_blocking: bool) -> Any:

@@ -1,0 +1,408 @@
+"""Sequences from a live store: by which law they are drawn, and the one copy that brings each into a batch."""
+
+from __future__ import annotations
+
+import difflib
+import zlib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from raywm.data.batch import Batch, blank
+from raywm.data.episode import OBS
+from raywm.data.index import Index
+from raywm.data.readahead import ReadAhead
+from raywm.data.segment import DamagedError
+from raywm.data.sumtree import SumTree
+from raywm.spaces import ActionCodec
+
+MODES = ("steps", "episodes", "recent", "prioritized")
+TAIL, OPEN = 64, 1024  # what a mark names: the last episodes that completed, and the newest that had not
+SHARD_BITS = 48  # a key's low bits are the row's, the others its shard's
+EPSILON = 1e-6  # added to priorities, so that a sequence with none can be drawn again (Schaul et al., section 3.3)
+
+Part = tuple[Mapping[str, np.ndarray], int, int]  # columns of a block, a piece's first row in them, its rows
+
+
+class Store(Protocol):
+    """What a replay needs of an episode store; ``EpisodeStore`` has it."""
+
+    lock: AbstractContextManager
+
+    def parts(self, id: str) -> Sequence[Part]:
+        """Where an episode's pieces lie. Raises KeyError or DamagedError."""
+
+    def watch(self, listener: Any) -> None:
+        """Tell listener.added(id, rows, last) of every piece, at once of those here, and listener.dropped(id)."""
+
+
+class Replay:
+    """Draws sequences from what a store holds and will hold, the parts of incomplete episodes with the rest.
+
+    Args:
+        store: an ``EpisodeStore``; the replay follows what is added to it and evicted.
+        codec: encodes actions.
+        mode: the law by which a row is drawn:
+            "steps": uniform over rows; "episodes": uniform over episodes, then over an episode's rows;
+            "recent": a row's weight halves with every `half_life` rows collected since;
+            "prioritized": in proportion to priority ** alpha, new rows having the largest priority so far
+            (Schaul et al. 2015, arXiv 1511.05952), with Batch.keys for ``update`` and the importance weights
+            (N p) ** -beta, over their largest in the batch, in Batch.weight.
+        cross: False: a window lies in one episode: the drawn row is its middle ("prioritized": its first), moved
+            until the window fits, so that the first and last rows of episodes are seen as often as others; shorter
+            episodes are padded (mask False). True: the drawn row is the first; the window goes on over an episode's
+            end into the one that began after it, whose row is_first, and is moved back from the newest row. An
+            incomplete episode that a window leaves is cut there: its row is_last in the batch, as one truncated.
+        held_out: share of the episodes, by a stable hash of their ids, that only ``sample(held=True)`` sees.
+        ends: share of the sequences that are windows with the last row of a complete episode, uniform over those,
+            whatever the mode; as their number is chosen, importance weights leave them alone (1, as of uniform rows).
+        half_life: in rows of this replay; for "recent" only.
+        include_incomplete: whether episodes can be sampled before their end has arrived.
+        until: a ``mark`` from a checkpoint: of what the store holds now, what came later is set aside, and not sampled
+            until ``release``. What arrives from now on is sampled.
+        shard: number of this replay among several: keys carry it, and weights are not yet divided by their largest,
+            for ``raywm.data.shards.merge``.
+
+    Raises ValueError for arguments that make no sense. Safe to use from several threads.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        codec: ActionCodec,
+        mode: str = "steps",
+        cross: bool = False,
+        held_out: float = 0.0,
+        ends: float = 0.0,
+        half_life: float | None = None,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        include_incomplete: bool = True,
+        until: Mapping[str, Any] | None = None,
+        shard: int | None = None,
+    ):
+        if mode not in MODES:
+            near = difflib.get_close_matches(str(mode), MODES, 1)
+            raise ValueError(f"mode {mode!r}, expected one of {MODES}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        if (half_life is not None) != (mode == "recent") or (half_life is not None and not half_life > 0):
+            raise ValueError(f"half_life={half_life} with mode {mode!r}; expected rows > 0 with 'recent', else none")
+        for name, value in {"held_out": held_out, "ends": ends, "alpha": alpha, "beta": beta}.items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}, expected a number in [0, 1]")
+        self.store, self.codec, self.mode, self.cross, self.shard = store, codec, mode, cross, shard
+        self.held_out, self.ends, self.half_life = held_out, ends, half_life
+        self.alpha, self.beta, self.include_incomplete = alpha, beta, include_incomplete
+        self._train, self._held = Index(), Index()
+        self._tree = SumTree(4096) if mode == "prioritized" else None  # over the keys of _train, modulo its size
+        self._top = 1.0  # the largest priority ** alpha so far
+        self._open: dict[str, int] = {}  # rows of incomplete episodes, as they began
+        self._tail: deque[str] = deque(maxlen=TAIL)  # the last that completed
+        self._aside: dict[str, list[tuple[int, int, bool]]] = {}  # pieces of what came after the mark
+        self._backlog: list[tuple[str, int, bool]] | None = None  # what is there already, while a mark is looked up
+        self._ahead = ReadAhead()
+        with store.lock:
+            if until is None:
+                store.watch(self)
+            else:
+                self._resume(until)
+
+    # What the store says, while it holds its lock
+
+    def added(self, id: str, rows: int, last: bool) -> None:
+        """A piece has arrived."""
+        if self._backlog is not None:
+            self._backlog.append((id, rows, last))
+        elif rows:
+            whole = self._note(id, rows, last)
+            if id in self._aside:  # the rest of what is set aside
+                self._aside[id].append((rows, whole, last))
+            else:
+                self._serve(id, rows, whole, last)
+
+    def _note(self, id: str, rows: int, last: bool) -> int:
+        """Keep the mark up to date. Returns the episode's rows by now."""
+        whole = self._open.get(id, 0) + rows
+        if last:
+            self._open.pop(id, None)
+            self._tail.append(id)
+        else:
+            self._open[id] = whole
+        return whole
+
+    def _serve(self, id: str, rows: int, whole: int, last: bool) -> None:
+        if not self.include_incomplete:
+            if not last:
+                return
+            rows = whole
+        side = self._side(id)
+        key = side.add(id, rows, last)
+        if self._tree is not None and side is self._train:
+            if side.collected - side.oldest > self._tree.size:
+                keys, old = np.arange(side.oldest, key), self._tree
+                self._tree = SumTree(2 * (side.collected - side.oldest))
+                self._tree.set(keys % self._tree.size, old[keys % old.size])
+            self._tree.set(np.arange(key, key + rows) % self._tree.size, self._top)
+
+    def dropped(self, id: str) -> None:
+        """An episode is no longer here: evicted, damaged, or begun again."""
+        self._open.pop(id, None)
+        self._aside.pop(id, None)
+        if id in self._tail:
+            self._tail.remove(id)
+        side = self._side(id)
+        for key, rows in side.drop(id):
+            if self._tree is not None and side is self._train:
+                self._tree.set(np.arange(key, key + rows) % self._tree.size, 0)
+
+    def _side(self, id: str) -> Index:
+        held = self.held_out > 0 and zlib.crc32(id.encode()) / 2**32 < self.held_out
+        return self._held if held else self._train
+
+    # Resuming
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """JSON that tells what has arrived by now, for ``until`` when the store is opened again."""
+        with self.store.lock:
+            return {"tail": list(self._tail), "open": dict(list(self._open.items())[-OPEN:])}
+
+    def _resume(self, until: Mapping[str, Any]) -> None:
+        self._backlog = []
+        self.store.watch(self)
+        backlog, self._backlog = self._backlog, None
+        # An episode is past if it had completed by the mark: the mark's tail is a run of completions, of which some
+        # may be gone. What completes between two of them otherwise is a damaged one of them, collected again later.
+        done, tail = [id for id, _, last in backlog if last], set(until["tail"])
+        stop = first = next((i for i, id in enumerate(done) if id in tail), 0)
+        while stop < len(done) and done[stop] in tail:
+            stop += 1
+        past = set(done[:stop]) if stop > first else set()
+        rows_by: dict[str, int] = {}
+        for id, rows, last in backlog:
+            rows_by[id] = rows_by.get(id, 0) + rows
+            if id not in past and rows_by[id] > until["open"].get(id, 0):
+                self._aside.setdefault(id, [])
+            self.added(id, rows, last)
+
+    def release(self) -> None:
+        """Let what was set aside as later than ``until`` be sampled."""
+        with self.store.lock:
+            aside, self._aside = self._aside, {}
+            for id, pieces in aside.items():
+                for rows, whole, last in pieces:
+                    self._serve(id, rows, whole, last)
+
+    # What it holds
+
+    def __len__(self) -> int:
+        """Rows that training draws from."""
+        return self._train.rows
+
+    @property
+    def episodes(self) -> int:
+        """Episodes that training draws from."""
+        return len(self._train)
+
+    @property
+    def mass(self) -> float:
+        """What this replay weighs against others of its kind, for ``raywm.data.shards.allot``."""
+        if self._tree is not None:
+            return self._tree.total
+        if self.half_life is not None:
+            return self.half_life * -np.expm1(-np.log(2) / self.half_life * len(self))
+        return float(self.episodes if self.mode == "episodes" else len(self))
+
+    # Sampling
+
+    def sample(
+        self, B: int, T: int, rng: np.random.Generator, out: Batch | None = None, held: bool = False
+    ) -> Batch:
+        """B sequences of T rows, into `out`'s tensors where given (a batch of this method, of the same shapes).
+
+        `held`: of the held-out episodes instead (uniform over rows where training is prioritized). Raises ValueError
+        where nothing is stored, or with ``cross`` fewer than T rows. Damaged episodes are passed over.
+        """
+        if B < 1 or T < 1:
+            raise ValueError(f"asked for {B} sequences of {T} rows, expected at least 1 of each")
+        while True:
+            with self.store.lock:
+                windows = self._draw(self._held if held else self._train, B, T, rng)
+                parts = []
+                for id in windows.ids:
+                    try:
+                        parts.append(self.store.parts(id))
+                    except (DamagedError, KeyError):
+                        self.dropped(id)  # if the store has not told so
+                        break
+            if len(parts) == len(windows.ids):
+                return self._copy(windows, parts, B, T, out)
+
+    def _draw(self, side: Index, B: int, T: int, rng: np.random.Generator) -> Windows:
+        if not side.rows or (self.cross and side.rows < T):
+            what = "training" if side is self._train else "held-out"
+            raise ValueError(
+                f"there are {side.rows} {what} rows in {len(side)} episodes, expected at least {T if self.cross else 1}; "
+                "collect more before sampling"
+            )
+        slot, row, keys, weight = self._drawn(side, B, T, rng)
+        rows, complete = side.episodes["rows"], side.episodes["complete"]
+        if not self.cross:
+            n = np.minimum(rows[slot], T)
+            last = (row + n == rows[slot]) & (complete[slot] > 0)
+            ids = [side.ids[i] for i in slot.tolist()]
+            return Windows(ids, np.arange(B), np.zeros(B, np.int64), row, n, last, last, keys, weight)
+        spans = [
+            (b, at, *span)
+            for b, (first, start) in enumerate(zip(slot.tolist(), row.tolist()))
+            for at, *span in side.spans(first, start, T)
+        ]
+        b, at, slot, row, n = np.array(spans).T
+        ended = (row + n == rows[slot]) & (complete[slot] > 0)
+        ids = [side.ids[i] for i in slot.tolist()]
+        return Windows(ids, b, at, row, n, ended, ended | (at + n < T), keys, weight)
+
+    def _drawn(
+        self, side: Index, B: int, T: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """(slot, first row, keys, weights) of B windows by the mode's law, keys and weights if it has any."""
+        ends = side.draw_ends(int(self.ends * B + rng.random()), rng) if self.ends else np.zeros(0, np.int64)
+        n, middle, leaves = B - len(ends), T // 2, None
+        if self._tree is not None and side is self._train:
+            leaves = self._tree.draw(n, rng)
+            keys = side.oldest + (leaves - side.oldest) % self._tree.size
+            slot, row = side.find(keys)
+            middle = 0
+        elif self.mode == "episodes":
+            slot = side.draw_episodes(n, rng)
+            row = rng.integers(side.episodes["rows"][slot])
+        elif self.half_life is not None:
+            rate = np.log(2) / self.half_life
+            # the inverse of 1 - exp(-rate * age), the share of the mass that is newer, cut at the oldest row
+            slot, row = side.draw_rows(
+                lambda n, N: np.minimum(-np.log1p(rng.random(n) * np.expm1(-rate * N)) / rate, N - 1).astype(np.int64), n
+            )
+        else:
+            slot, row = side.draw_rows(lambda n, N: rng.integers(N, size=n), n)
+        if not self.cross:
+            row = row - middle
+        if len(ends):
+            last = side.episodes["rows"][ends] - 1
+            slot = np.concatenate([ends, slot])
+            row = np.concatenate([last - (rng.integers(T, size=len(ends)) if self.cross else T - 1), row])
+        if not self.cross:
+            row = np.minimum(row, side.episodes["rows"][slot] - T)
+        row = np.maximum(row, 0)
+        if leaves is None:
+            return slot, row, None, None
+        assert self._tree is not None
+        weight = np.ones(B)
+        weight[len(ends) :] = (side.rows / self._tree.total * self._tree[leaves].astype(np.float64)) ** -self.beta
+        if self.shard is None:
+            weight /= weight.max()
+        first = [side.key(s, r) for s, r in zip(slot[: len(ends)].tolist(), row[: len(ends)].tolist())]
+        keys = np.concatenate([np.array(first, np.int64), keys]) | ((self.shard or 0) << SHARD_BITS)
+        return slot, row, keys, weight
+
+    def _copy(self, windows: Windows, parts: Sequence[Sequence[Part]], B: int, T: int, out: Batch | None) -> Batch:
+        columns = parts[0][0][0]
+        if out is None:
+            like = {n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in columns.items() if n.startswith(OBS)}
+            out = blank(B, T, like, self.codec.dim)
+        arrays = {name: tensor.numpy() for name, tensor in out.tensors().items()}
+        if arrays["action"].shape != (B, T, self.codec.dim):
+            raise ValueError(f"out.action is {arrays['action'].shape}, expected {(B, T, self.codec.dim)}")
+        encoded, action = arrays["action"], np.empty((B, T, *self.codec.shape), self.codec.dtype)
+        to = {name: array for name, array in arrays.items() if name.startswith(OBS)}
+        to |= {"action": action, "reward": arrays["reward"]}
+        terminal = self._rows(windows, parts, to)
+
+        b, at, n = windows.b, windows.at, windows.n
+        for name in ("is_first", "is_last", "is_terminal"):
+            arrays[name].fill(False)
+        begins, ends = windows.row == 0, at + n - 1
+        arrays["is_first"][b[begins], at[begins]] = True
+        arrays["is_last"][b, ends] = windows.last
+        arrays["is_terminal"][b, ends] = terminal
+        arrays["mask"].fill(True)
+        if not self.cross:
+            for i in np.flatnonzero(n < T).tolist():
+                for array in (*to.values(), arrays["mask"]):
+                    array[i, n[i] :] = 0
+                action[i, n[i] :] = self.codec.zero()
+        encoded[...] = self.codec.encode(action)  # (B,T,*shape) -> (B,T,A)
+        encoded[b[begins], at[begins]] = 0
+        if not self.cross:
+            for i in np.flatnonzero(n < T).tolist():
+                encoded[i, n[i] :] = 0
+        arrays["weight"][...] = 1 if windows.weight is None else windows.weight
+        out.ids = [id for id, first in zip(windows.ids, (at == 0).tolist()) if first]
+        out.keys = windows.keys
+        return out
+
+    def _rows(
+        self, windows: Windows, parts: Sequence[Sequence[Part]], to: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """Copy every window's rows; (spans,) bool: whether the last one is terminal."""
+        pairs, terminal = [], np.zeros(len(parts), bool)
+        places = zip(windows.b.tolist(), windows.at.tolist(), windows.row.tolist(), windows.n.tolist())
+        for i, (pieces, (b, at, row, n)) in enumerate(zip(parts, places)):
+            for columns, start, rows in pieces:
+                if row >= rows:
+                    row -= rows
+                    continue
+                m, low = min(n, rows - row), start + row
+                for name, array in to.items():
+                    pairs.append((array[b, at : at + m], columns[name][low : low + m]))
+                at, row, n = at + m, 0, n - m
+                if not n:
+                    if windows.ended[i]:
+                        terminal[i] = columns["is_terminal"][low + m - 1]
+                    break
+        self._ahead.copy(pairs)
+        return terminal
+
+    # Priorities
+
+    def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Give the sequences of a batch (``Batch.keys``) their priorities (N,): |TD error| or the model's loss.
+
+        Keys of rows that are no longer here are passed over. Raises ValueError for a priority that is negative or not
+        finite, and where the mode is not "prioritized".
+        """
+        if self._tree is None:
+            raise ValueError(f"mode is {self.mode!r}, which has no priorities; Replay(..., mode='prioritized') has")
+        keys, new = np.asarray(keys, np.int64), np.asarray(priorities, np.float64)
+        if keys.shape != new.shape or keys.ndim != 1:
+            raise ValueError(f"{keys.shape} keys and {new.shape} priorities, expected (N,) of both")
+        if not (np.isfinite(new) & (new >= 0)).all():
+            raise ValueError(f"priorities range from {new.min()} to {new.max()}, expected finite numbers >= 0")
+        new, keys = (new + EPSILON) ** self.alpha, keys & (1 << SHARD_BITS) - 1
+        with self.store.lock:
+            here = (keys >= self._train.oldest) & (keys < self._train.collected)
+            keys, new = keys[here] % self._tree.size, new[here]
+            here = self._tree[keys] > 0
+            self._tree.set(keys[here], new[here])
+            self._top = max(self._top, float(new.max(initial=0)))
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """What is to be copied: S spans of rows, each of one episode."""
+
+    ids: list[str]  # (S,)
+    b: np.ndarray  # (S,) the sequence
+    at: np.ndarray  # its row in the batch
+    row: np.ndarray  # its row in the episode
+    n: np.ndarray  # rows
+    ended: np.ndarray  # whether it ends with a complete episode's last row
+    last: np.ndarray  # whether its last row is_last
+    keys: np.ndarray | None  # (B,)
+    weight: np.ndarray | None  # (B,)
+
+
+_TORCH = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32}

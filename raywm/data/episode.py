@@ -215,6 +215,51 @@ def validate(
         )
 
 
+def validate_block(
+    columns: Mapping[str, np.ndarray],
+    pieces: Sequence[Mapping[str, Any]],
+    boxes: Mapping[str, gym.spaces.Box] | None = None,
+    codec: ActionCodec | None = None,
+) -> None:
+    """``validate`` for all pieces of a block, at the price of one: what is wrong is looked for only if something is."""
+    ends = np.cumsum([head["rows"] for head in pieces], dtype=np.int64)
+    if not pieces or len(columns["reward"]) != ends[-1] or min(head["rows"] for head in pieces) < 0:
+        raise ValueError(f"a block of {len(columns['reward'])} rows whose pieces have {[h['rows'] for h in pieces]}")
+    whole = cut(columns, "block", 0, int(ends[-1]), {})
+    if _keeps_the_rule(whole, pieces, ends):
+        for head in pieces:
+            if not isinstance(head["id"], str) or not head["id"]:
+                raise ValueError(f"episode id is {head['id']!r}, expected a non-empty string")
+        _validate_types(whole, f"episode {pieces[0]['id']!r}", boxes, codec)
+        return
+    for head, end in zip(pieces, ends.tolist()):
+        if head["rows"]:
+            piece = cut(columns, head["id"], end - head["rows"], end, {})
+            validate(piece, boxes, codec, head["first_row"], head["last"])
+    raise ValueError(f"block of episode {pieces[0]['id']!r} and {len(pieces) - 1} others breaks the timing rule")
+
+
+def _keeps_the_rule(whole: Episode, pieces: Sequence[Mapping[str, Any]], ends: np.ndarray) -> bool:
+    columns = whole.columns()
+    if any(len(column) != len(whole) for column in columns.values()):
+        return False
+    if any(column.dtype.kind == "f" and not np.isfinite(column).all() for column in columns.values()):
+        return False
+    if any(head["rows"] and head["last"] and head["first_row"] + head["rows"] < 2 for head in pieces):
+        return False
+    first, last = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
+    first[[int(end) - head["rows"] for head, end in zip(pieces, ends) if head["rows"] and head["first_row"] == 0]] = (
+        True
+    )
+    last[[int(end) - 1 for head, end in zip(pieces, ends) if head["rows"] and head["last"]]] = True
+    return bool(
+        (whole.is_first == first).all()
+        and (whole.is_last == last).all()
+        and not (whole.is_terminal & ~last).any()
+        and not whole.reward[first].any()
+    )
+
+
 def _validate_flag(name: str, flag: str, got: np.ndarray, expected: np.ndarray, first_row: int) -> None:
     wrong = got != expected
     if wrong.any():

@@ -1,8 +1,8 @@
-"""One file of an episode store: an Arrow IPC stream whose record batches are pieces of episodes.
+"""One file of an episode store: an Arrow IPC stream whose record batches are blocks of pieces of episodes.
 
-Any Arrow reader can open a segment. Each record batch carries as custom metadata its piece's header (JSON: id, first
-row, rows, last, info, CRC of the column bytes) and the CRC of that header, so a walk over the message headers
-rebuilds the index without reading any body.
+Any Arrow reader can open a segment. Each record batch carries as custom metadata its block's header (JSON: the headers
+of its pieces, what they share, rows, CRC of the column bytes) and the CRC of that header, so a walk over the message
+headers rebuilds the index without reading any body.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raywm.data.episode import Episode, from_arrow
+from raywm.data.episode import from_columns
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's end of stream
 HEADER, HEADER_CRC = b"raywm", b"raywm.crc"
@@ -30,24 +30,33 @@ class DamagedError(OSError):
 
 
 @dataclass(eq=False, slots=True)
-class Piece:
-    """Where a piece of an episode is, and what its header says."""
+class Block:
+    """Where a record batch is in its segment."""
 
     segment: Segment
     offset: int  # of its message in the file
     size: int
+    rows: int
+    crc: int  # of the column bytes
+    head: tuple[int, int, int]  # offset in the file, size and CRC of its header
+    checked: bool = False  # whether the bytes have been held against the CRC
+    columns: dict[str, np.ndarray] | None = None  # views, once touched
+
+
+@dataclass(eq=False, slots=True)
+class Piece:
+    """Rows [first_row, first_row + rows) of an episode: rows [start, start + rows) of a block. No rows: a broken one.
+
+    Its info stays on disk (``Segment.info``): short episodes are smaller than their infos.
+    """
+
+    block: Block
+    index: int  # in its block
+    start: int
     id: str
     first_row: int
     rows: int
     last: bool
-    crc: int  # of the column bytes
-    info: dict[str, Any]
-    checked: bool = False  # whether the bytes have been held against the CRC
-
-    def header(self) -> dict[bytes, bytes]:
-        names = ("id", "first_row", "rows", "last", "info", "crc")
-        head = json.dumps({name: getattr(self, name) for name in names}).encode()
-        return {HEADER: head, HEADER_CRC: str(zlib.crc32(head)).encode()}
 
 
 @dataclass(eq=False)
@@ -57,23 +66,27 @@ class Segment:
     path: Path
     number: int
     open: bool
-    end: int = 0  # bytes up to the end of the last whole piece
+    end: int = 0  # bytes up to the end of the last whole block
     schema: pa.Schema | None = None
     pieces: list[Piece] = field(default_factory=list)
     ended: bool = False  # whether the stream has its end mark
     _fd: int | None = None
     _map: pa.Buffer | None = None
+    _start: int = 0  # bytes of the stream before its first batch, and their CRC
+    _start_crc: int = 0
+    _header: tuple[int, dict[str, Any]] | None = None  # the last one read, by its offset
 
     @classmethod
     def create(cls, directory: Path, number: int, schema: pa.Schema) -> Segment:
         path = directory / f"segment-{number:08d}.open.arrows"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        return cls(path, number, True, schema=schema, _fd=fd)
+        start = stream_start(schema)
+        return cls(path, number, True, schema=schema, _fd=fd, _start=len(start), _start_crc=zlib.crc32(start))
 
     @classmethod
     def load(cls, path: Path, number: int, open: bool) -> Segment:
         """Walk the message headers of a file. Raises DamagedError unless all of it (of an open one: a start of it, if
-        anything at all) is whole pieces."""
+        anything at all) is whole blocks."""
         segment = cls(path, number, open)
         with pa.memory_map(str(path)) if path.stat().st_size else pa.BufferReader(b"") as file:
             buffer = file.read_buffer()  # stays mapped while it is used; the file descriptor does not stay open
@@ -90,23 +103,28 @@ class Segment:
         return segment
 
     def _walk(self, buffer: pa.Buffer) -> str:
-        """Index all whole pieces; what ended the walk early, or "" at a proper end."""
+        """Index all whole blocks; what ended the walk early, or "" at a proper end."""
         source = pa.BufferReader(buffer)
         try:
             with pa.ipc.open_stream(source) as reader:
                 self.schema = reader.schema
-                self.end = source.tell()
+                self.end = self._start = source.tell()
+                start_crc = zlib.crc32(buffer.slice(0, self._start))
                 while True:
                     batch, meta = reader.read_next_batch_with_custom_metadata()
                     if meta is None or HEADER not in meta:
                         return "a record batch without raywm's header"
                     if str(zlib.crc32(meta[HEADER])).encode() != meta[HEADER_CRC]:
-                        return f"the header of the piece at byte {self.end} does not match its CRC"
-                    piece = Piece(self, self.end, source.tell() - self.end, **json.loads(meta[HEADER]))
+                        return f"the header of the block at byte {self.end} does not match its CRC"
+                    header = _parse(meta[HEADER])
+                    if header.get("start_crc", start_crc) != start_crc:
+                        return "the schema does not match its CRC"
                     batch.validate()  # lengths against buffers: no body is read
-                    if batch.num_rows != piece.rows:
-                        return f"a piece of {batch.num_rows} rows whose header says {piece.rows}"
-                    self.pieces.append(piece)
+                    if batch.num_rows != header["rows"] or header["rows"] != sum(p["rows"] for p in header["pieces"]):
+                        return f"a block of {batch.num_rows} rows whose header says otherwise"
+                    size = source.tell() - self.end
+                    head = self._head(memoryview(buffer.slice(self.end, size)), meta[HEADER])
+                    self._index(Block(self, self.end, size, header["rows"], header["crc"], head), header["pieces"])
                     self.end = source.tell()
         except StopIteration:
             rest = len(buffer) - self.end
@@ -115,17 +133,32 @@ class Segment:
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             return str(error)
 
-    def append(self, batch: pa.RecordBatch, piece: Piece) -> None:
-        """Write one piece. After an error (a full disk) the file is as it was before."""
+    def _index(self, block: Block, headers: list[dict[str, Any]]) -> list[Piece]:
+        start, pieces = 0, []
+        for index, head in enumerate(headers):
+            pieces.append(Piece(block, index, start, head["id"], head["first_row"], head["rows"], head["last"]))
+            start += head["rows"]
+        self.pieces += pieces
+        return pieces
+
+    def _head(self, message: memoryview, head: bytes) -> tuple[int, int, int]:
+        """Where a block's header is in the file: it stands as it is in the message's metadata."""
+        length = int.from_bytes(message[4:8], "little")
+        return self.end + bytes(message[: 8 + length]).index(head), len(head), zlib.crc32(head)
+
+    def append(self, table: pa.Table, meta: Mapping[str, Any]) -> list[Piece]:
+        """Write one block (``to_block``). After an error (a full disk) the file is as it was before."""
         assert self._fd is not None and self.schema is not None
+        arrays = [column.combine_chunks() for column in table.columns]  # to_batches() of no rows gives no batch
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
+        crc = columns_crc(from_columns(batch))
+        head = json.dumps({"rows": batch.num_rows, "crc": crc, "start_crc": self._start_crc, **meta}).encode()
         sink = pa.BufferOutputStream()
         writer = pa.ipc.new_stream(sink, self.schema)
-        writer.write_batch(batch, custom_metadata=piece.header())
+        writer.write_batch(batch, custom_metadata={HEADER: head, HEADER_CRC: str(zlib.crc32(head)).encode()})
         data = memoryview(sink.getvalue())
-        start = stream_start(self.schema)
-        piece.offset, piece.size = self.end or start, len(data) - start
         if self.end:
-            data = data[start:]  # the schema is there already
+            data = data[self._start :]  # the schema is there already
         try:
             write_all(self._fd, data, self.end)
         except OSError as error:
@@ -133,12 +166,15 @@ class Segment:
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
             raise OSError(
                 error.errno,
-                f"episode {piece.id!r} was not stored: {why}; the store is whole and goes on once there is room "
-                "(free some, or set a smaller capacity)",
+                f"episode {meta['pieces'][0]['id']!r} was not stored: {why}; the store is whole and goes on once "
+                "there is room (free some, or set a smaller capacity)",
                 str(self.path),
             ) from error
+        if not self.end:
+            self.end, data = self._start, data[self._start :]
+        block = Block(self, self.end, len(data), batch.num_rows, crc, self._head(data, head), checked=True)
         self.end += len(data)
-        self.pieces.append(piece)
+        return self._index(block, meta["pieces"])
 
     def seal(self) -> None:
         """Finish the stream, bring it to disk, and give it its final name at once."""
@@ -160,28 +196,48 @@ class Segment:
         self.path, self.open = sealed, False
         with pa.memory_map(str(sealed)) as file:
             self._map = file.read_buffer()
+        for piece in self.pieces:
+            piece.block.columns = None  # they were copies; from now on the mapping serves
 
-    def read(self, piece: Piece) -> Episode:
-        """The rows of a piece: read-only views of the mapping (of an open segment: of a copy). CRC at first touch."""
-        try:
-            if self._map is not None:
-                buffer = self._map.slice(piece.offset, piece.size)
-            else:
-                assert self._fd is not None, f"{self.path} is closed"
-                buffer = pa.py_buffer(os.pread(self._fd, piece.size, piece.offset))
-            batch = pa.ipc.read_record_batch(pa.ipc.read_message(buffer), self.schema)
-            episode = from_arrow(batch, piece.id, piece.info)
-        except (pa.ArrowException, ValueError) as error:
-            raise DamagedError(f"{self.path.name}: piece of episode {piece.id!r} is unreadable: {error}") from error
-        if not piece.checked:
-            crc = columns_crc(episode)
-            if crc != piece.crc:
-                raise DamagedError(
-                    f"{self.path.name}: episode {piece.id!r}, rows {piece.first_row} to {piece.first_row + piece.rows}:"
-                    f" CRC is {crc}, expected {piece.crc}"
+    def columns(self, block: Block) -> dict[str, np.ndarray]:
+        """A block's columns: read-only views of the mapping (of an open segment: of a copy). CRC at first touch.
+
+        Raises DamagedError for bytes that are not what was written.
+        """
+        if block.columns is None:
+            try:
+                batch = pa.ipc.read_record_batch(
+                    pa.ipc.read_message(self._bytes(block.offset, block.size)), self.schema
                 )
-            piece.checked = True
-        return episode
+                columns = from_columns(batch)
+            except (pa.ArrowException, ValueError) as error:
+                raise DamagedError(f"{self.path.name}: block at byte {block.offset} is unreadable: {error}") from error
+            if not block.checked:
+                crc = columns_crc(columns)
+                if crc != block.crc:
+                    raise DamagedError(
+                        f"{self.path.name}: the CRC of the block at byte {block.offset} is {crc}, expected {block.crc}"
+                    )
+                block.checked = True
+            block.columns = columns
+        return block.columns
+
+    def info(self, piece: Piece) -> dict[str, Any]:
+        """What the block's header says of a piece's episode, with what the block's pieces share."""
+        offset, size, crc = piece.block.head
+        if self._header is None or self._header[0] != offset:
+            head = self._bytes(offset, size).to_pybytes()
+            if zlib.crc32(head) != crc:
+                raise DamagedError(f"{self.path.name}: the header at byte {offset} is not what was written")
+            self._header = offset, _parse(head)
+        header = self._header[1]
+        return header["common"] | header["pieces"][piece.index]["info"]
+
+    def _bytes(self, offset: int, size: int) -> pa.Buffer:
+        if self._map is not None:
+            return self._map.slice(offset, size)
+        assert self._fd is not None, f"{self.path} is closed"
+        return pa.py_buffer(os.pread(self._fd, size, offset))
 
     def close(self) -> None:
         if self._fd is not None:
@@ -190,23 +246,31 @@ class Segment:
         self._map = None  # unmapped once the last view is gone
 
 
+def _parse(head: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(head)
+    if "pieces" not in header:  # written before there were blocks: the header of the only piece
+        rest = {name: header.pop(name) for name in ("rows", "crc")}
+        header = {"pieces": [header | {"rows": rest["rows"]}], "common": {}, **rest}
+    return header
+
+
 def walk_pieces(segments: list[Segment]) -> Iterator[Piece]:
     for segment in segments:
         yield from segment.pieces
 
 
-def columns_crc(episode: Episode) -> int:
+def columns_crc(columns: Mapping[str, np.ndarray]) -> int:
     crc = 0
-    for column in episode.columns().values():
+    for column in columns.values():
         crc = zlib.crc32(np.ascontiguousarray(column).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 
-def stream_start(schema: pa.Schema) -> int:
-    """Bytes of a stream before its first record batch."""
+def stream_start(schema: pa.Schema) -> bytes:
+    """What a stream holds before its first record batch."""
     sink = pa.BufferOutputStream()
     pa.ipc.new_stream(sink, schema).close()
-    return len(sink.getvalue()) - len(END)
+    return sink.getvalue().to_pybytes()[: -len(END)]
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -7,9 +7,8 @@ is the index and, of the one open segment, the pieces that were read.
 
 from __future__ import annotations
 
-import bisect
+import dataclasses
 import fcntl
-import json
 import os
 import re
 import threading
@@ -18,15 +17,26 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import gymnasium as gym
 import numpy as np
 import pyarrow as pa
 
 from raywm.data.batch import Batch
-from raywm.data.episode import FLAGS, Episode, from_arrow, table_meta, to_table, validate
-from raywm.data.segment import DamagedError, Piece, Segment, columns_crc, walk_pieces
+from raywm.data.episode import (
+    FLAGS,
+    Episode,
+    cut,
+    from_columns,
+    piece_header,
+    table_meta,
+    to_block,
+    to_table,
+    validate,
+    validate_block,
+)
+from raywm.data.segment import DamagedError, Piece, Segment, walk_pieces
 from raywm.data.snapshot import Snapshot, draw, gather
 from raywm.spaces import ActionCodec
 
@@ -43,7 +53,16 @@ class _Entry:
     pieces: list[Piece] = field(default_factory=list)
     rows: int = 0
     complete: bool = False
-    views: list[Episode] | None = None  # one a piece, once touched
+
+
+class Listener(Protocol):
+    """Who hears of what comes and goes (``EpisodeStore.watch``), with the store's lock held."""
+
+    def added(self, id: str, rows: int, last: bool) -> None:
+        """The next piece of an episode, of so many rows."""
+
+    def dropped(self, id: str) -> None:
+        """An episode, complete or not, is no longer served: evicted, damaged, broken or begun again."""
 
 
 class EpisodeStore:
@@ -70,19 +89,21 @@ class EpisodeStore:
         # Eviction is by whole segments: a few of them must fit, or it would empty the store.
         self.segment_bytes = segment_bytes if capacity_bytes is None else min(segment_bytes, capacity_bytes // 4 + 1)
         self.set_aside: list[str] = []  # names of damaged files, of this opening
-        self._mutex = threading.RLock()
+        self.lock = threading.RLock()
+        self.rows = 0  # of the complete episodes
         self._entries: dict[str, _Entry] = {}
-        self._ids: list[str] = []  # of complete episodes, sorted
-        self._ends: np.ndarray | None = None  # running total of their rows, or None when it is to be counted again
-        self._rows = 0
+        self._complete = 0
+        self._sorted: tuple[list[str], np.ndarray] | None = None  # complete ids and the running total of their rows
+        self._marks: dict[str, Piece] = {}  # of broken episodes
+        self._listeners: list[Listener] = []
         self._dropped: set[str] = set()  # incomplete episodes whose first pieces were evicted
         self._segments: list[Segment] = []
         self._schema: pa.Schema | None = None
-        self._lock: int | None = None
+        self._file_lock: int | None = None
         self._closed = False
         if not read_only:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.path)
+            self._file_lock = _lock(self.path)
         elif not self.path.is_dir():
             raise ValueError(f"there is no store at {self.path}, expected a directory; collect into it first")
         try:
@@ -167,38 +188,56 @@ class EpisodeStore:
     # The index
 
     def _index(self, piece: Piece) -> None:
+        if not piece.rows:  # what came of it before is void
+            self._forget(piece.id)
+            self._marks[piece.id] = piece
+            return
         entry = self._entries.get(piece.id)
         if piece.first_row == 0:
             # Begun again: by the twin of a dead worker, or after the first one was found damaged. The later one holds.
             self._forget(piece.id)
+            self._marks.pop(piece.id, None)
             entry = self._entries[piece.id] = _Entry()
         if entry is None or entry.complete or piece.first_row != entry.rows:
             return  # the rest of an episode whose earlier pieces are gone
         entry.pieces.append(piece)
         entry.rows += piece.rows
-        if entry.views is not None:
-            entry.views = None
         if piece.last:
             entry.complete = True
-            bisect.insort(self._ids, piece.id)
-            self._rows += entry.rows
-            self._ends = None
+            self._complete += 1
+            self.rows += entry.rows
+            self._sorted = None
+        for listener in self._listeners:
+            listener.added(piece.id, piece.rows, piece.last)
 
     def _forget(self, id: str) -> None:
         entry = self._entries.pop(id, None)
-        if entry is not None and entry.complete:
-            del self._ids[bisect.bisect_left(self._ids, id)]
-            self._rows -= entry.rows
-            self._ends = None
+        if entry is None:
+            return
+        if entry.complete:
+            self._complete -= 1
+            self.rows -= entry.rows
+            self._sorted = None
+        for listener in self._listeners:
+            listener.dropped(id)
+
+    def watch(self, listener: Listener) -> None:
+        """Tell `listener` of every piece that comes, those that are here first, and of every episode that goes."""
+        with self.lock:
+            for piece in walk_pieces(self._segments):
+                entry = self._entries.get(piece.id)
+                if entry is not None and piece in entry.pieces:
+                    listener.added(piece.id, piece.rows, piece.last)
+            self._listeners.append(listener)
 
     def __len__(self) -> int:
         """Complete episodes."""
-        return len(self._ids)
+        return self._complete
 
     @property
     def steps(self) -> int:
         """Transitions of the complete episodes."""
-        return self._rows - len(self._ids)
+        return self.rows - self._complete
 
     @property
     def bytes(self) -> int:
@@ -207,72 +246,128 @@ class EpisodeStore:
 
     def ids(self) -> list[str]:
         """Ids of the complete episodes, sorted."""
-        return list(self._ids)
+        with self.lock:
+            return list(self._order()[0])
+
+    def _order(self) -> tuple[list[str], np.ndarray]:
+        if self._sorted is None:
+            ids = sorted(id for id, entry in self._entries.items() if entry.complete)
+            rows = [self._entries[id].rows for id in ids]
+            self._sorted = ids, np.cumsum(rows, dtype=np.int64)
+        return self._sorted
+
+    def known(self, id: str) -> bool:
+        """Whether an episode is here, complete or marked as broken."""
+        entry = self._entries.get(id)
+        return id in self._marks or entry is not None and entry.complete
+
+    @property
+    def broken(self) -> dict[str, dict[str, Any]]:
+        """Infos of the episodes that broke and are kept out, by id; their "broken" says why."""
+        with self.lock:
+            return {id: piece.block.segment.info(piece) for id, piece in self._marks.items()}
+
+    def info(self, id: str) -> dict[str, Any]:
+        """The info of a complete episode, without its rows."""
+        with self.lock:
+            piece = self._entry(id).pieces[-1]
+            return piece.block.segment.info(piece)
 
     def segments(self) -> list[Path]:
         """The sealed files, oldest first: they do not change any more and may be copied elsewhere."""
-        return [segment.path for segment in self._segments if not segment.open]
+        with self.lock:
+            return [segment.path for segment in self._segments if not segment.open]
 
     # Writing
 
-    def add(self, piece: Episode | pa.Table) -> bool:
-        """Store an episode, or the next piece of one (``to_table(episode, first_row, stop)``).
+    def add(self, piece: Episode | pa.Table) -> int:
+        """Store an episode, the next piece of one (``to_table(episode, first_row, stop)``) or a block of such pieces
+        (``to_block``).
 
-        Returns True once it is with the operating system, False for one that is here already. Raises ValueError for
-        what breaks the timing rule, holds NaN or leaves a gap, and OSError when the disk is full; the store stays
-        whole and usable.
+        Returns how many pieces are new, once they are with the operating system: 0 when all were here already. Raises
+        ValueError for what breaks the timing rule, holds NaN or leaves a gap, and OSError when the disk is full; then
+        nothing of the block is stored, and the store stays whole and usable.
         """
         if isinstance(piece, Episode):
-            episode, first_row = piece, 0
-        else:
-            meta = table_meta(piece)
-            episode, first_row = from_arrow(piece, meta["id"], meta["info"]), int(meta["first_row"])
-        last = len(episode) > 0 and bool(episode.is_last[-1]) or isinstance(piece, Episode)
-        with self._mutex:
-            self._writable()
-            validate(episode, self.columns, self.codec, first_row, last)
+            validate(piece, self.columns, self.codec)
             try:
-                json.dumps(episode.info)
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"episode {episode.id!r}: info is not JSON ({error}); store plain values") from error
-            crc = columns_crc(episode)
-            if not self._is_new(episode, first_row, crc):
-                return False
-            table = to_table(episode).replace_schema_metadata(None)
+                table = to_table(piece)
+            except (TypeError, RecursionError) as error:
+                raise ValueError(f"episode {piece.id!r}: info is not JSON ({error}); store plain values") from error
+        else:
+            table = piece
+        meta, columns = table_meta(table), from_columns(table)
+        with self.lock:
+            self._writable()
+            validate_block(columns, meta["pieces"], self.columns, self.codec)
+            fresh = self._new(columns, meta["pieces"])
+            if not fresh:
+                return 0
+            if len(fresh) < len(meta["pieces"]):
+                table, meta = _part(columns, meta, fresh), meta | {"pieces": [meta["pieces"][i] for i in fresh]}
+            schema = table.schema.remove_metadata()
             if self._schema is None:
-                self._schema = table.schema
-            elif table.schema != self._schema:
+                self._schema = schema
+            elif schema != self._schema:
                 raise ValueError(
-                    f"episode {episode.id!r} has columns {_names(table.schema)}, "
+                    f"episode {meta['pieces'][0]['id']!r} has columns {_names(schema)}, "
                     f"expected {_names(self._schema)} as the store at {self.path} has"
                 )
             segment = self._open_segment()
-            row = Piece(segment, 0, 0, episode.id, first_row, len(episode), last, crc, episode.info, checked=True)
-            segment.append(table.to_batches()[0], row)
-            self._index(row)
+            pieces = segment.append(table, meta)
+            for new in pieces:
+                self._index(new)
             if segment.end >= self.segment_bytes:
                 self.seal()
-        return True
+        return len(pieces)
 
-    def _is_new(self, episode: Episode, first_row: int, crc: int) -> bool:
-        entry = self._entries.get(episode.id)
-        if entry is not None and entry.complete:
-            return False  # ids are deterministic: the same episode, played again after a death
-        if entry is None:
-            if first_row and episode.id in self._dropped:
-                return False
-            if first_row == 0:
-                self._dropped.discard(episode.id)
-        for piece in entry.pieces if entry else ():
-            if (piece.first_row, piece.rows, piece.crc) == (first_row, len(episode), crc):
-                return False
-        stored = entry.rows if entry else 0
-        if first_row not in (0, stored):
-            raise ValueError(
-                f"episode {episode.id!r}: a piece begins at row {first_row}, expected {stored} (or 0, to begin again); "
-                "add its pieces in order, each once"
-            )
-        return True
+    def mark(self, id: str, info: Mapping[str, Any]) -> None:
+        """Note that an episode broke, and why (`info["broken"]`): its pieces, if any, are void from now on."""
+        with self.lock:
+            if self._schema is None:
+                if self.columns is None or self.codec is None:
+                    raise ValueError(
+                        f"the store at {self.path} is empty: open it with columns and codec to mark {id!r}"
+                    )
+                self._schema = _schema(self.columns, self.codec)
+            columns = from_columns(self._schema.empty_table())
+            self.add(to_block(columns, [piece_header(id, 0, 0, True, dict(info))]))
+
+    def _new(self, columns: Mapping[str, np.ndarray], pieces: list[dict[str, Any]]) -> list[int]:
+        """Which pieces of a block are to be stored. Raises ValueError for one that leaves a gap."""
+        fresh: list[int] = []
+        ahead: dict[str, int] = {}  # rows of the episodes that earlier pieces of this block belong to
+        at = 0
+        for index, head in enumerate(pieces):
+            id, first_row, start = head["id"], head["first_row"], at
+            at += head["rows"]
+            entry = self._entries.get(id)
+            if self.known(id) and not ahead.get(id) and (head["rows"] or id in self._marks):
+                continue  # ids are deterministic: the same episode, played again after a death
+            stored = ahead.get(id, entry.rows if entry else 0)
+            if head["rows"] and id not in ahead:
+                if first_row + head["rows"] <= stored and self._same(id, first_row, head["rows"], columns, start):
+                    continue
+                if first_row and entry is None and id in self._dropped:
+                    continue
+                if first_row == 0:
+                    self._dropped.discard(id)
+            if first_row not in (0, stored):
+                raise ValueError(
+                    f"episode {id!r}: a piece begins at row {first_row}, expected {stored} (or 0, to begin again); "
+                    "add its pieces in order, each once"
+                )
+            ahead[id] = first_row + head["rows"]
+            fresh.append(index)
+        return fresh
+
+    def _same(self, id: str, first_row: int, rows: int, columns: Mapping[str, np.ndarray], start: int) -> bool:
+        """Whether a piece that is sent is what is stored of an episode already."""
+        stored = _join(self._views(id, complete=False)).columns()
+        return all(
+            np.array_equal(column[first_row : first_row + rows], columns[name][start : start + rows])
+            for name, column in stored.items()
+        )
 
     def _open_segment(self) -> Segment:
         if self._segments and self._segments[-1].open:
@@ -285,7 +380,7 @@ class EpisodeStore:
 
     def seal(self) -> None:
         """Close the open segment and bring it to disk; then evict what is beyond the capacity."""
-        with self._mutex:
+        with self.lock:
             self._writable()
             if not self._segments or not self._segments[-1].open:
                 return
@@ -296,15 +391,14 @@ class EpisodeStore:
                 segment.path.unlink()
                 return
             segment.seal()
-            for id in {piece.id for piece in segment.pieces}:
-                if id in self._entries:
-                    self._entries[id].views = None  # they were copies; from now on the mapping serves
             self._evict()
 
     def _evict(self) -> None:
         while self.capacity_bytes is not None and self.bytes > self.capacity_bytes and len(self._segments) > 1:
             segment = self._segments.pop(0)
             for piece in segment.pieces:
+                if self._marks.get(piece.id) is piece:
+                    del self._marks[piece.id]
                 entry = self._entries.get(piece.id)
                 if entry is not None and piece in entry.pieces:
                     if not entry.complete:
@@ -320,28 +414,51 @@ class EpisodeStore:
 
     # Reading
 
-    def _views(self, id: str) -> list[Episode]:
+    def _entry(self, id: str) -> _Entry:
         entry = self._entries.get(id)
         if self._closed:
             raise ValueError(f"the store at {self.path} is closed; open it again (read_only=True to read)")
         if entry is None or not entry.complete:
             raise KeyError(f"no complete episode {id!r} among the {len(self)} at {self.path}")
-        if entry.views is None:
+        return entry
+
+    def parts(self, id: str, complete: bool = True) -> list[tuple[dict[str, np.ndarray], int, int]]:
+        """Where the rows of an episode lie: of each piece its block's columns, its first row in them and its rows.
+
+        The columns are read-only views of the disk. `complete=False` also serves what has come of one that is still
+        being played. Raises KeyError for an unknown id and DamagedError (once; the episode is then forgotten) for bytes
+        that are not what was written.
+        """
+        with self.lock:
+            entry = self._entry(id) if complete or id not in self._entries else self._entries[id]
             try:
-                entry.views = [piece.segment.read(piece) for piece in entry.pieces]
+                return [(p.block.columns or p.block.segment.columns(p.block), p.start, p.rows) for p in entry.pieces]
             except DamagedError as error:
-                self._forget(id)  # so that it can be collected again
-                warnings.warn(f"{self.path}: episode {id!r} is damaged and no longer served: {error}", stacklevel=3)
+                self._damaged(id, error)
                 raise
-        return entry.views
+
+    def _damaged(self, id: str, error: Exception) -> None:
+        self._forget(id)  # so that it can be collected again
+        warnings.warn(f"{self.path}: episode {id!r} is damaged and no longer served: {error}", stacklevel=4)
+
+    def _views(self, id: str, complete: bool = True) -> list[Episode]:
+        """The pieces of an episode; infos only where the episode is complete."""
+        parts = self.parts(id, complete)
+        return [cut(columns, id, start, start + rows, {}) for columns, start, rows in parts]
 
     def get(self, id: str) -> Episode:
         """One complete episode: read-only views of the disk (an episode stored in several pieces is a copy).
 
         Raises KeyError for an unknown id and DamagedError (once; the episode is then forgotten) for a wrong CRC.
         """
-        with self._mutex:
-            return _join(self._views(id))
+        with self.lock:
+            views = self._views(id)
+            try:
+                info = self.info(id)
+            except DamagedError as error:
+                self._damaged(id, error)
+                raise
+            return dataclasses.replace(_join(views), info=info)
 
     def snapshot(self, ids: Iterable[str] | None = None) -> Snapshot:
         """A frozen set of episodes, ordered by id: all complete ones (but damaged ones), or exactly `ids`."""
@@ -369,14 +486,12 @@ class EpisodeStore:
     def sample(self, B: int, T: int, rng: np.random.Generator) -> Batch:
         """B sequences of T rows from all complete episodes, drawn as ``Snapshot.sample`` draws them."""
         codec = self._codec()
-        with self._mutex:
+        with self.lock:
             while True:
-                if self._ends is None:
-                    rows = [self._entries[id].rows for id in self._ids]
-                    self._ends = np.cumsum(rows, dtype=np.int64)
-                episode, start = draw(self._ends, B, T, rng)
+                ids, ends = self._order()
+                episode, start = draw(ends, B, T, rng)
                 try:
-                    picked = [self._views(id) for id in [self._ids[i] for i in episode]]
+                    picked = [self._views(ids[i]) for i in episode]
                 except DamagedError:
                     continue
                 return gather(picked, start, T, codec)
@@ -388,25 +503,29 @@ class EpisodeStore:
 
     def verify(self) -> dict[str, Any]:
         """Hold every byte against its CRC. Returns counts, the ids of damaged episodes and the files set aside."""
-        with self._mutex:
-            damaged = []
-            for id, entry in list(self._entries.items()):
+        with self.lock:
+            damaged, files = set(), set()
+            for piece in list(walk_pieces(self._segments)):
+                piece.block.checked, piece.block.columns = False, None
+            for id, entry in [*self._entries.items(), *((id, _Entry([mark])) for id, mark in self._marks.items())]:
                 for piece in entry.pieces:
-                    piece.checked = False
                     try:
-                        piece.segment.read(piece)
+                        piece.block.segment.columns(piece.block)
+                        piece.block.segment.info(piece)
                     except DamagedError:
-                        damaged.append(id)
-                        break
+                        damaged.add(id)
+                        files.add(piece.block.segment.path.name)
             for id in damaged:
                 self._forget(id)
             return {
                 "episodes": len(self),
                 "steps": self.steps,
                 "incomplete": sum(not entry.complete for entry in self._entries.values()),
+                "broken": len(self._marks),
                 "segments": len(self._segments),
                 "bytes": self.bytes,
                 "damaged": sorted(damaged),
+                "damaged_files": sorted(files),
                 "set_aside": list(self.set_aside),
             }
 
@@ -414,7 +533,7 @@ class EpisodeStore:
 
     def close(self) -> None:
         """Seal the open segment and give the directory free. Batches and episodes already read stay valid."""
-        with self._mutex:
+        with self.lock:
             if self._closed:
                 return
             try:
@@ -427,9 +546,9 @@ class EpisodeStore:
         self._closed = True
         for segment in self._segments:
             segment.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._file_lock is not None:
+            os.close(self._file_lock)
+            self._file_lock = None
 
     def __enter__(self) -> EpisodeStore:
         return self
@@ -473,13 +592,27 @@ def _join(views: list[Episode]) -> Episode:
     return Episode(views[0].id, obs, whole["action"], whole["reward"], info=views[-1].info, **flags)
 
 
+def _part(columns: Mapping[str, np.ndarray], meta: Mapping[str, Any], fresh: list[int]) -> pa.Table:
+    """Some pieces of a block."""
+    pieces = meta["pieces"]
+    keep = np.repeat([i in set(fresh) for i in range(len(pieces))], [head["rows"] for head in pieces])
+    return to_block(
+        {name: column[keep] for name, column in columns.items()}, [pieces[i] for i in fresh], meta["common"]
+    )
+
+
+def _schema(columns: Mapping[str, gym.spaces.Box], codec: ActionCodec | None) -> pa.Schema:
+    """The columns that an environment's episodes will have."""
+    flag = np.zeros(1, bool)
+    obs = {name: np.zeros((1, *box.shape), box.dtype) for name, box in columns.items()}
+    action = np.zeros((1, *codec.shape), codec.dtype) if codec else np.zeros(1)
+    table = to_table(Episode("", obs, action, np.zeros(1, np.float32), flag, flag, flag))
+    return table.schema.remove_metadata()
+
+
 def _types(columns: Mapping[str, gym.spaces.Box] | None, codec: ActionCodec | None) -> dict[str, pa.DataType]:
     """Arrow types of the columns that are known before there is any episode."""
-    flag = np.zeros(1, bool)
-    obs = {name: np.zeros((1, *box.shape), box.dtype) for name, box in (columns or {}).items()}
-    action = np.zeros((1, *codec.shape), codec.dtype) if codec else np.zeros(1)
-    schema = to_table(Episode("", obs, action, np.zeros(1, np.float32), flag, flag, flag)).schema
-    types = {f.name: f.type for f in schema}
+    types = {f.name: f.type for f in _schema(columns or {}, codec)}
     if codec is None:
         del types["action"]
     return types

@@ -70,6 +70,7 @@ class ActionCodec:
         self.shape: tuple[int, ...] = tuple(space.shape)
         self.dtype = np.dtype(space.dtype)
         self._eyes = [np.eye(n, dtype=np.float32) for n in self.groups]  # one-hot rows, made once
+        self._sizes = np.array(self.groups, np.uint64)
 
     def __repr__(self) -> str:
         return f"ActionCodec({self.space})"
@@ -81,22 +82,34 @@ class ActionCodec:
             raise ValueError(f"action of shape {action.shape}, expected (..., {self.shape}) for {self.space}")
         return action.shape[:lead]
 
-    def encode(self, action: Any) -> np.ndarray:
-        """Environment actions (..., *shape) -> float32 (..., A). A Box action outside its bounds is clipped."""
+    def encode(self, action: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """Environment actions (..., *shape) -> float32 (..., A), into `out` where given.
+
+        A Box action outside its bounds is clipped. Raises ValueError for a choice that the space does not have.
+        """
         action = np.asarray(action)
         lead = self._lead(action)
+        if out is None:
+            out = np.empty((*lead, self.dim), np.float32)
         if self.kind == "box":
             span = self.high - self.low
             unit = 2 * (action - self.low) / np.where(span > 0, span, 1) - 1
             unit = np.where(span > 0, np.clip(unit, -1, 1), 0)  # a fixed number carries nothing
-            return unit.reshape(*lead, self.dim).astype(np.float32)
+            out[...] = unit.reshape(*lead, self.dim)
+            return out
         if self.kind == "multi_binary":
-            return (action.reshape(*lead, self.dim) != 0).astype(np.float32)
-        choice = action.reshape(*lead, len(self.groups)).astype(np.int64) - self.starts
-        if (choice.view(np.uint64) >= np.array(self.groups, np.uint64)).any():  # a negative one is huge as unsigned
+            out[...] = action.reshape(*lead, self.dim) != 0
+            return out
+        choice = action.reshape(*lead, len(self.groups)).astype(np.int64, copy=False)
+        if self.starts.any():
+            choice = choice - self.starts
+        if (choice.view(np.uint64) >= self._sizes).any():  # a negative one is huge as unsigned
             raise ValueError(f"actions range from {action.min()} to {action.max()}, expected members of {self.space}")
-        hot = [eye.take(choice[..., g], axis=0) for g, eye in enumerate(self._eyes)]
-        return hot[0] if len(hot) == 1 else np.concatenate(hot, axis=-1)  # G x (..., n_g) -> (..., A)
+        at = 0
+        for g, eye in enumerate(self._eyes):  # G x (..., n_g) -> (..., A)
+            eye.take(choice[..., g], axis=0, out=out[..., at : at + len(eye)], mode="clip")  # other modes copy `out`
+            at += len(eye)
+        return out
 
     def decode(self, vector: Any) -> np.ndarray:
         """Float vectors (..., A) -> environment actions (..., *shape) of the space's dtype.

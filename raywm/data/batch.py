@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+NAMES = ("action", "reward", "is_first", "is_last", "is_terminal", "mask", "weight")
+
+
 @dataclass
 class Batch:
     """B sequences of T rows, under the timing rule of ``raywm.data.episode``; padding has ``mask`` False."""
@@ -32,8 +35,16 @@ class Batch:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but the start's by name, observation columns as "obs.NAME"."""
-        rest = ("action", "reward", "is_first", "is_last", "is_terminal", "mask", "weight")
-        return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in rest}
+        return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in NAMES}
+
+    def flat(self) -> dict[str, np.ndarray]:
+        """Views of ``tensors()`` in numpy, (B*T, *) but for the weight: made once, for it costs as much as filling
+        the small ones."""
+        tensors, kept = self.tensors(), self.__dict__.get("_flat")
+        if kept is None or any(a is not b for a, b in zip(kept[0], tensors.values())):
+            arrays = {n: (t.flatten(0, 1) if t.ndim > 1 else t).numpy() for n, t in tensors.items()}
+            kept = self.__dict__["_flat"] = (list(tensors.values()), arrays)
+        return kept[1]
 
     def like(self, pin: bool = False) -> Batch:
         """A batch of the same shapes in host memory, to be filled; `pin`: in page-locked memory, for fast copies."""
@@ -45,7 +56,10 @@ def blank(B: int, T: int, obs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
     """A batch to be filled, with observation columns of these row shapes and dtypes and weights of 1."""
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pin)
+        if pin:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        # numpy asks for huge pages, which torch does not: 5% of the time to fill a batch of images
+        return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
     flags = {n: empty(B, T, dtype=torch.bool) for n in ("is_first", "is_last", "is_terminal", "mask")}
     return Batch(

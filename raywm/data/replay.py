@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ class Store(Protocol):
 
     lock: AbstractContextManager
 
-    def parts(self, id: str) -> Sequence[Part]:
+    def parts(self, id: str, complete: bool = True) -> Sequence[Part]:
         """Where an episode's pieces lie. Raises KeyError or DamagedError."""
 
     def watch(self, listener: Any) -> None:
@@ -65,8 +64,7 @@ class Replay:
         include_incomplete: whether episodes can be sampled before their end has arrived.
         until: a ``mark`` from a checkpoint: of what the store holds now, what came later is set aside, and not sampled
             until ``release``. What arrives from now on is sampled.
-        shard: number of this replay among several: keys carry it, and weights are not yet divided by their largest,
-            for ``raywm.data.shards.merge``.
+        shard: number of this replay among several, which its keys carry.
 
     Raises ValueError for arguments that make no sense. Safe to use from several threads.
     """
@@ -84,7 +82,7 @@ class Replay:
         beta: float = 0.4,
         include_incomplete: bool = True,
         until: Mapping[str, Any] | None = None,
-        shard: int | None = None,
+        shard: int = 0,
     ):
         if mode not in MODES:
             near = difflib.get_close_matches(str(mode), MODES, 1)
@@ -220,158 +218,175 @@ class Replay:
     # Sampling
 
     def sample(
-        self, B: int, T: int, rng: np.random.Generator, out: Batch | None = None, held: bool = False
+        self,
+        B: int,
+        T: int,
+        rng: np.random.Generator,
+        out: Batch | None = None,
+        held: bool = False,
+        density: float | None = None,
     ) -> Batch:
         """B sequences of T rows, into `out`'s tensors where given (a batch of this method, of the same shapes).
 
-        `held`: of the held-out episodes instead (uniform over rows where training is prioritized). Raises ValueError
-        where nothing is stored, or with ``cross`` fewer than T rows. Damaged episodes are passed over.
+        `held`: of the held-out episodes instead (uniform over rows where training is prioritized). `density`: rows
+        over mass of all shards, see ``raywm.data.shards``; weights are then not divided by their largest. Raises
+        ValueError where nothing is stored, or with ``cross`` fewer than T rows. Damaged episodes are passed over.
         """
         if B < 1 or T < 1:
             raise ValueError(f"asked for {B} sequences of {T} rows, expected at least 1 of each")
         while True:
             with self.store.lock:
-                windows = self._draw(self._held if held else self._train, B, T, rng)
+                spans, keys, weight = self._draw(self._held if held else self._train, B, T, rng, density)
                 parts = []
-                for id in windows.ids:
+                for span in spans:
                     try:
-                        parts.append(self.store.parts(id))
+                        parts.append(self.store.parts(span.id, complete=False))
                     except (DamagedError, KeyError):
-                        self.dropped(id)  # if the store has not told so
+                        self.dropped(span.id)  # if the store has not told so
                         break
-            if len(parts) == len(windows.ids):
-                return self._copy(windows, parts, B, T, out)
+            if len(parts) == len(spans):
+                break
+        if out is None:
+            like = {n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in parts[0][0][0].items() if n.startswith(OBS)}
+            out = blank(B, T, like, self.codec.dim)
+        if out.action.shape != (B, T, self.codec.dim):
+            raise ValueError(f"out.action is {tuple(out.action.shape)}, expected {(B, T, self.codec.dim)}")
+        self._fill(out, spans, parts)
+        out.flat()["weight"][...] = 1 if weight is None else weight
+        out.keys, out.ids = keys, [span.id for span in spans if span.at % T == 0]
+        return out
 
-    def _draw(self, side: Index, B: int, T: int, rng: np.random.Generator) -> Windows:
+    def _draw(
+        self, side: Index, B: int, T: int, rng: np.random.Generator, density: float | None
+    ) -> tuple[list[Span], np.ndarray | None, np.ndarray | None]:
+        """What to copy, and the keys (B,) and weights (B,) of the sequences, if the mode has any."""
         if not side.rows or (self.cross and side.rows < T):
-            what = "training" if side is self._train else "held-out"
+            what, least = "training" if side is self._train else "held-out", T if self.cross else 1
             raise ValueError(
-                f"there are {side.rows} {what} rows in {len(side)} episodes, expected at least {T if self.cross else 1}; "
+                f"there are {side.rows} {what} rows in {len(side)} episodes, expected at least {least}; "
                 "collect more before sampling"
             )
-        slot, row, keys, weight = self._drawn(side, B, T, rng)
-        rows, complete = side.episodes["rows"], side.episodes["complete"]
-        if not self.cross:
-            n = np.minimum(rows[slot], T)
-            last = (row + n == rows[slot]) & (complete[slot] > 0)
-            ids = [side.ids[i] for i in slot.tolist()]
-            return Windows(ids, np.arange(B), np.zeros(B, np.int64), row, n, last, last, keys, weight)
-        spans = [
-            (b, at, *span)
-            for b, (first, start) in enumerate(zip(slot.tolist(), row.tolist()))
-            for at, *span in side.spans(first, start, T)
-        ]
-        b, at, slot, row, n = np.array(spans).T
-        ended = (row + n == rows[slot]) & (complete[slot] > 0)
-        ids = [side.ids[i] for i in slot.tolist()]
-        return Windows(ids, b, at, row, n, ended, ended | (at + n < T), keys, weight)
+        compactions = -1
+        while compactions != side.compactions:  # once, but for a draw that had to compact: slots drawn before are void
+            compactions = side.compactions
+            ends = side.draw_ends(int(self.ends * B + rng.random()), rng) if self.ends else np.zeros(0, np.int64)
+            slots, rows, leaves = self._rows(side, B - len(ends), T, rng)
+        if len(ends):
+            back = rng.integers(T, size=len(ends)) if self.cross else T - 1  # rows before the last one
+            slots = np.concatenate([ends, slots])
+            rows = np.concatenate([side.episodes["rows"][ends] - 1 - back, rows])
+        spans = []
+        for b, (slot, row, whole) in enumerate(zip(slots.tolist(), rows.tolist(), side.episodes["rows"][slots].tolist())):
+            if self.cross and row + T > whole:
+                spans += self._crossing(side, slot, max(row, 0), T, b * T)
+                continue
+            row = max(min(row, whole - T), 0)
+            n = min(T, whole - row)
+            ended = row + n == whole and bool(side.episodes["complete"][slot])
+            spans.append(Span(side.ids[slot], row, n, b * T, ended, False))
+        if leaves is None:
+            return spans, None, None
+        firsts = [side.key(side.slots[span.id], span.row) for span in spans if span.at % T == 0][: len(ends)]
+        return spans, *self._weighed(leaves, firsts, density)
 
-    def _drawn(
-        self, side: Index, B: int, T: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
-        """(slot, first row, keys, weights) of B windows by the mode's law, keys and weights if it has any."""
-        ends = side.draw_ends(int(self.ends * B + rng.random()), rng) if self.ends else np.zeros(0, np.int64)
-        n, middle, leaves = B - len(ends), T // 2, None
+    def _crossing(self, side: Index, slot: int, row: int, T: int, at: int) -> list[Span]:
+        spans, stop = [], at + T
+        for slot, row, n in side.spans(slot, row, T):
+            ended = row + n == side.episodes["rows"][slot] and bool(side.episodes["complete"][slot])
+            spans.append(Span(side.ids[slot], row, n, at, ended, not ended and at + n < stop))
+            at += n
+        return spans
+
+    def _rows(
+        self, side: Index, n: int, T: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """(slot, first row) of n windows by the mode's law, before they are moved to where they fit; and the leaves."""
         if self._tree is not None and side is self._train:
             leaves = self._tree.draw(n, rng)
-            keys = side.oldest + (leaves - side.oldest) % self._tree.size
-            slot, row = side.find(keys)
-            middle = 0
-        elif self.mode == "episodes":
+            return *side.find(self._keys(leaves)), leaves
+        if self.mode == "episodes":
             slot = side.draw_episodes(n, rng)
             row = rng.integers(side.episodes["rows"][slot])
         elif self.half_life is not None:
+            # the inverse of 1 - exp(-rate * age), the share of the weight that is newer, cut at the oldest row
             rate = np.log(2) / self.half_life
-            # the inverse of 1 - exp(-rate * age), the share of the mass that is newer, cut at the oldest row
             slot, row = side.draw_rows(
                 lambda n, N: np.minimum(-np.log1p(rng.random(n) * np.expm1(-rate * N)) / rate, N - 1).astype(np.int64), n
             )
         else:
-            slot, row = side.draw_rows(lambda n, N: rng.integers(N, size=n), n)
-        if not self.cross:
-            row = row - middle
-        if len(ends):
-            last = side.episodes["rows"][ends] - 1
-            slot = np.concatenate([ends, slot])
-            row = np.concatenate([last - (rng.integers(T, size=len(ends)) if self.cross else T - 1), row])
-        if not self.cross:
-            row = np.minimum(row, side.episodes["rows"][slot] - T)
-        row = np.maximum(row, 0)
-        if leaves is None:
-            return slot, row, None, None
+            slot, row = side.draw_rows(lambda n, N: (rng.random(n) * N).astype(np.int64), n)
+        return slot, row if self.cross else row - T // 2, None
+
+    def _keys(self, leaves: np.ndarray) -> np.ndarray:
+        """The rows that share their place in the tree with none that is here."""
         assert self._tree is not None
-        weight = np.ones(B)
-        weight[len(ends) :] = (side.rows / self._tree.total * self._tree[leaves].astype(np.float64)) ** -self.beta
-        if self.shard is None:
+        return self._train.oldest + (leaves - self._train.oldest) % self._tree.size
+
+    def _weighed(
+        self, leaves: np.ndarray, firsts: list[int], density: float | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and importance weights: of the windows with ends, whose first rows' keys are `firsts`, then the others."""
+        assert self._tree is not None
+        weight = np.ones(len(firsts) + len(leaves))
+        # N p = N * priority / total
+        per_mass = len(self) / self._tree.total if density is None else density
+        weight[len(firsts) :] = (per_mass * self._tree[leaves].astype(np.float64)) ** -self.beta
+        if density is None:
             weight /= weight.max()
-        first = [side.key(s, r) for s, r in zip(slot[: len(ends)].tolist(), row[: len(ends)].tolist())]
-        keys = np.concatenate([np.array(first, np.int64), keys]) | ((self.shard or 0) << SHARD_BITS)
-        return slot, row, keys, weight
+        keys = np.concatenate([np.array(firsts, np.int64), self._keys(leaves)])
+        return keys | self.shard << SHARD_BITS, weight
 
-    def _copy(self, windows: Windows, parts: Sequence[Sequence[Part]], B: int, T: int, out: Batch | None) -> Batch:
-        columns = parts[0][0][0]
-        if out is None:
-            like = {n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in columns.items() if n.startswith(OBS)}
-            out = blank(B, T, like, self.codec.dim)
-        arrays = {name: tensor.numpy() for name, tensor in out.tensors().items()}
-        if arrays["action"].shape != (B, T, self.codec.dim):
-            raise ValueError(f"out.action is {arrays['action'].shape}, expected {(B, T, self.codec.dim)}")
-        encoded, action = arrays["action"], np.empty((B, T, *self.codec.shape), self.codec.dtype)
-        to = {name: array for name, array in arrays.items() if name.startswith(OBS)}
-        to |= {"action": action, "reward": arrays["reward"]}
-        terminal = self._rows(windows, parts, to)
-
-        b, at, n = windows.b, windows.at, windows.n
+    def _fill(self, out: Batch, spans: Sequence[Span], parts: Sequence[Sequence[Part]]) -> None:
+        """Copy the spans into a batch: all but the weights."""
+        B, T, _ = out.action.shape
+        to, pieces = out.flat(), list(_pieces(spans, parts))
+        action = np.empty((B * T, *self.codec.shape), self.codec.dtype)
+        images = {name: column for name, column in to.items() if name.startswith(OBS)}
+        if self._ahead.cold:
+            for columns, source, _ in pieces:
+                for name in images:
+                    self._ahead.ask(columns[name][source])
+        before = self._ahead.count()
+        # The flags follow from where a row is in its episode, as ``validate`` held them to: not read, but one.
         for name in ("is_first", "is_last", "is_terminal"):
-            arrays[name].fill(False)
-        begins, ends = windows.row == 0, at + n - 1
-        arrays["is_first"][b[begins], at[begins]] = True
-        arrays["is_last"][b, ends] = windows.last
-        arrays["is_terminal"][b, ends] = terminal
-        arrays["mask"].fill(True)
-        if not self.cross:
-            for i in np.flatnonzero(n < T).tolist():
-                for array in (*to.values(), arrays["mask"]):
-                    array[i, n[i] :] = 0
-                action[i, n[i] :] = self.codec.zero()
-        encoded[...] = self.codec.encode(action)  # (B,T,*shape) -> (B,T,A)
-        encoded[b[begins], at[begins]] = 0
-        if not self.cross:
-            for i in np.flatnonzero(n < T).tolist():
-                encoded[i, n[i] :] = 0
-        arrays["weight"][...] = 1 if windows.weight is None else windows.weight
-        out.ids = [id for id, first in zip(windows.ids, (at == 0).tolist()) if first]
-        out.keys = windows.keys
-        return out
-
-    def _rows(
-        self, windows: Windows, parts: Sequence[Sequence[Part]], to: Mapping[str, np.ndarray]
-    ) -> np.ndarray:
-        """Copy every window's rows; (spans,) bool: whether the last one is terminal."""
-        pairs, terminal = [], np.zeros(len(parts), bool)
-        places = zip(windows.b.tolist(), windows.at.tolist(), windows.row.tolist(), windows.n.tolist())
-        for i, (pieces, (b, at, row, n)) in enumerate(zip(parts, places)):
-            for columns, start, rows in pieces:
-                if row >= rows:
-                    row -= rows
-                    continue
-                m, low = min(n, rows - row), start + row
-                for name, array in to.items():
-                    pairs.append((array[b, at : at + m], columns[name][low : low + m]))
-                at, row, n = at + m, 0, n - m
-                if not n:
-                    if windows.ended[i]:
-                        terminal[i] = columns["is_terminal"][low + m - 1]
-                    break
-        self._ahead.copy(pairs)
-        return terminal
+            to[name].fill(False)
+        to["mask"].fill(True)
+        zero: list[int | slice] = []  # where the action is zero
+        for span, lies in zip(spans, parts):
+            end = span.at + span.n
+            if span.row == 0:
+                to["is_first"][span.at] = True
+                zero.append(span.at)
+            if span.ended:
+                columns, start, rows = lies[-1]
+                to["is_last"][end - 1] = True
+                to["is_terminal"][end - 1] = columns["is_terminal"][start + rows - 1]
+            elif span.cut:
+                to["is_last"][end - 1] = True
+            if span.n < T and not self.cross:
+                padding = slice(end, span.at + T)
+                for column in (*images.values(), to["reward"], to["mask"]):
+                    column[padding] = 0
+                action[padding] = self.codec.zero()
+                zero.append(padding)
+        reward = to["reward"]
+        for columns, source, place in pieces:
+            action[place] = columns["action"][source]
+            reward[place] = columns["reward"][source]
+        self.codec.encode(action, out=to["action"])  # (B*T,*shape) -> (B*T,A)
+        for place in zero:
+            to["action"][place] = 0
+        for name, column in images.items():  # last: they drive all else out of the caches
+            for columns, source, place in pieces:
+                column[place] = columns[name][source]
+        self._ahead.copied(before)
 
     # Priorities
 
     def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Give the sequences of a batch (``Batch.keys``) their priorities (N,): |TD error| or the model's loss.
 
-        Keys of rows that are no longer here are passed over. Raises ValueError for a priority that is negative or not
+        Keys of other shards and of rows that are no longer here are passed over. Raises ValueError for a priority that is negative or not
         finite, and where the mode is not "prioritized".
         """
         if self._tree is None:
@@ -381,7 +396,8 @@ class Replay:
             raise ValueError(f"{keys.shape} keys and {new.shape} priorities, expected (N,) of both")
         if not (np.isfinite(new) & (new >= 0)).all():
             raise ValueError(f"priorities range from {new.min()} to {new.max()}, expected finite numbers >= 0")
-        new, keys = (new + EPSILON) ** self.alpha, keys & (1 << SHARD_BITS) - 1
+        ours = keys >> SHARD_BITS == self.shard
+        new, keys = (new[ours] + EPSILON) ** self.alpha, keys[ours] & (1 << SHARD_BITS) - 1
         with self.store.lock:
             here = (keys >= self._train.oldest) & (keys < self._train.collected)
             keys, new = keys[here] % self._tree.size, new[here]
@@ -390,19 +406,31 @@ class Replay:
             self._top = max(self._top, float(new.max(initial=0)))
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """What is to be copied: S spans of rows, each of one episode."""
+class Span(NamedTuple):
+    """Rows of one episode that are to be copied."""
 
-    ids: list[str]  # (S,)
-    b: np.ndarray  # (S,) the sequence
-    at: np.ndarray  # its row in the batch
-    row: np.ndarray  # its row in the episode
-    n: np.ndarray  # rows
-    ended: np.ndarray  # whether it ends with a complete episode's last row
-    last: np.ndarray  # whether its last row is_last
-    keys: np.ndarray | None  # (B,)
-    weight: np.ndarray | None  # (B,)
+    id: str
+    row: int  # the first, in the episode
+    n: int
+    at: int  # where it goes, in the batch's B*T rows
+    ended: bool  # whether it ends with a complete episode's last row
+    cut: bool  # whether the window leaves the episode, whose end has not come
+
+
+def _pieces(
+    spans: Sequence[Span], parts: Sequence[Sequence[Part]]
+) -> Iterator[tuple[Mapping[str, np.ndarray], slice, slice]]:
+    """(columns of a block, rows in them, where they go): one for each piece of an episode that a span touches."""
+    for (_, row, n, at, *_), lies in zip(spans, parts):
+        for columns, start, rows in lies:
+            if row >= rows:
+                row -= rows
+                continue
+            m = min(n, rows - row)
+            yield columns, slice(start + row, start + row + m), slice(at, at + m)
+            at, row, n = at + m, 0, n - m
+            if not n:
+                break
 
 
 _TORCH = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32}

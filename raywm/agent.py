@@ -44,20 +44,27 @@ class RandomAgent(Agent):
     def __init__(self, codec: ActionCodec) -> None:
         self.codec = codec
 
-    def initial(self, B: int) -> dict[str, np.ndarray]:
-        return {"drawn": np.zeros((B, BLOCK, *self.codec.shape), self.codec.dtype), "next": np.full(B, BLOCK)}
+    def initial(self, B: int) -> dict[str, Any]:
+        drawn = np.zeros((BLOCK, B, *self.codec.shape), self.codec.dtype)
+        return {"drawn": drawn, "left": np.zeros(B, np.int64), "at": 0, "until": 0}
 
     def act(
         self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
     ) -> tuple[np.ndarray, Any]:
-        drawn, at = state["drawn"], np.where(is_first, BLOCK, state["next"])
-        empty = (at == BLOCK).nonzero()[0]
-        if empty.size:
-            drawn = drawn.copy()
-            for row in empty:
-                drawn[row] = _draw(self.codec, rngs[row], BLOCK)
-            at[empty] = 0
-        return drawn[np.arange(len(at)), at], {"drawn": drawn, "next": at + 1}
+        if state["until"] == 0 or np.count_nonzero(is_first):
+            state = self._refill(state, is_first, rngs)
+        at = state["at"]
+        return state["drawn"][at], state | {"at": at + 1, "until": state["until"] - 1}
+
+    def _refill(self, state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+        """The state with what was drawn and not used in front: `left` (B,) of it, the least of them `until`."""
+        at, drawn = state["at"], np.empty_like(state["drawn"])  # (BLOCK, B, *shape)
+        drawn[: BLOCK - at] = state["drawn"][at:]
+        left = np.where(is_first, 0, state["left"] - at)
+        for row in (left == 0).nonzero()[0].tolist():
+            drawn[:, row] = _draw(self.codec, rngs[row], BLOCK)
+            left[row] = BLOCK
+        return {"drawn": drawn, "left": left, "at": 0, "until": int(left.min())}
 
 
 class StickyAgent(Agent):
@@ -147,6 +154,9 @@ def _draw(codec: ActionCodec, rng: np.random.Generator, n: int) -> np.ndarray:
     if codec.kind == "box" and codec.dtype.kind != "f":
         return np.stack([codec.sample(rng) for _ in range(n)])
     draws = rng.random((n, codec.dim))
+    if codec.kind == "discrete":
+        # What decode does, at a fifth of its cost.
+        return (draws.argmax(-1) + codec.starts).astype(codec.dtype, copy=False)
     return codec.decode(2 * draws - 1 if codec.kind == "box" else draws)
 
 

@@ -1,4 +1,4 @@
-"""The command line: collect, train, evaluate, dream, report, bench.
+"""The command line: collect, train, evaluate, dream, report, bench, data.
 
 Commands import what they run, so that ``--help`` and a typo in a key cost a fraction of a second.
 """
@@ -23,6 +23,7 @@ import typer
 from raywm import __version__
 from raywm import config as configs
 from raywm.config import RunConfig
+from raywm.data_cli import data
 
 app = typer.Typer(
     help="World models and the agents that learn inside them, on Ray.",
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(no_args_is_help=True, help="Measure raywm on this machine.")
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 
 PresetArg = Annotated[
     str, typer.Argument(metavar="PRESET|FILE", help=f"A YAML file, or one of: {', '.join(configs.presets())}.")
@@ -82,21 +84,65 @@ def _common(
 
 @app.command()
 def collect(
-    preset: PresetArg,
+    environment: Annotated[
+        str, typer.Argument(metavar="ENV|PRESET|FILE", help="A gymnasium id, module:EnvClass, a preset or a YAML file.")
+    ],
     overrides: OverridesArg = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", "-o", help="A directory or a URI (s3://...).", show_default="data/ENV-seedSEED"),
+    ] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="Episodes in all.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Environment steps in all, at least.")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="random, sticky or mixed; a RUN's directory, whose controller plays; or module:AgentClass.",
+            show_default="collect.policy",
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on in --out; start if there is nothing.")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="The environment's own vectorised form; not reproducible one by one.")
+    ] = False,
     address: AddressOption = None,
     in_process: InProcessOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Play a run's first real episodes, and stop.
+    """Collect a dataset of real episodes.
 
-    They are collect.initial_steps long and lie in RUN/episodes; train --resume goes on from there.
+    Plays --episodes or --steps of any environment under any policy into --out, and checks every byte of it in the end.
+    Stopped or killed, it goes on with --resume. raywm data shows, checks and exports what is there.
 
     \b
-    Example: raywm collect cartpole collect.initial_steps=20000 --out runs/data
+    Examples:
+      raywm collect CartPole-v1 --episodes 1000
+      raywm collect doom-take-cover --steps 1000000 --out s3://bucket/doom --address auto collect.workers=200
     """
-    _run("collect", preset, overrides or [], out, resume, address, in_process)
+    with _errors() as fixes:
+        config = configs.load_environment(environment, overrides or [])
+        if address is not None:
+            config = config.model_copy(update={"address": address})
+        out = out or f"data/{config.env.id.replace('/', '-').replace(':', '-')}-seed{config.seed}"
+        command = ["raywm", "collect", environment, *(overrides or []), "--out", out]
+        for name, value in (("episodes", episodes), ("steps", steps), ("policy", policy), ("address", address)):
+            command += [] if value is None else [f"--{name}", str(value)]
+        command += [*(["--fast"] if fast else []), *(["--in-process"] if in_process else [])]
+        from raywm.runtime.collect import collect_dataset
+
+        with _interruptible([*command, "--resume"]):
+            result = collect_dataset(
+                config,
+                out,
+                episodes=episodes,
+                steps=steps,
+                policy=policy,
+                resume=resume,
+                in_process=in_process,
+                made_with=shlex.join(command),
+                fixes=fixes,
+            )
+        _print_result(result, as_json, quiet=not config.log.console)
 
 
 @app.command()
@@ -119,7 +165,7 @@ def train(
       raywm train cartpole
       raywm train cartpole env.id=Acrobot-v1 seed=3 collect.workers=4 --out runs/acrobot --resume
     """
-    _run("train", preset, overrides or [], out, resume, address, in_process)
+    _run(preset, overrides or [], out, resume, address, in_process)
 
 
 @app.command()
@@ -226,7 +272,6 @@ def bench_dream(
 
 
 def _run(
-    command: str,
     preset: str,
     overrides: Sequence[str],
     out: Path | None,
@@ -244,27 +289,21 @@ def _run(
         from raywm.loops.parts import Parts
 
         Parts(config)  # an environment or a model that cannot be built must not leave a run directory behind
-        with _open_run(out, config, resume), _interruptible(["raywm", command, *arguments]):
+        with _open_run(out, config, resume), _interruptible(["raywm", "train", *arguments]):
             from raywm.log import RunLog
+            from raywm.loops.vmc import train as loop
 
             with RunLog(out, config.log.tensorboard, config.log.console) as log:
                 log.say(f"{out}: {config.env.id}, seed {config.seed}")
                 with _executor(config, out, in_process) as executor:
                     fixes.append("what is done is kept: mend it, and continue with --resume")
-                    if command == "collect":
-                        from raywm.loops.vmc import collect as loop
-                    else:
-                        from raywm.loops.vmc import train as loop
                     result = loop(config, out, executor, log)
                 _print_result(result, as_json=False, quiet=not config.log.console)
-                if command == "collect":
-                    log.say(f"train on them: {shlex.join(['raywm', 'train', *arguments])}")
-                else:
-                    from raywm.report import write_report  # type: ignore[attr-defined]
+                from raywm.report import write_report  # type: ignore[attr-defined]
 
-                    with log.progress("writing the report"):
-                        path = write_report(out)
-                    log.say(f"report: {path}")
+                with log.progress("writing the report"):
+                    path = write_report(out)
+                log.say(f"report: {path}")
 
 
 def _executor(config: RunConfig, out: Path, in_process: bool) -> Any:

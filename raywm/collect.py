@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import gymnasium as gym
 import numpy as np
+import pyarrow as pa
 
 from raywm.agent import Agent
 from raywm.config import EnvConfig
-from raywm.data.episode import Episode
+from raywm.data.episode import Episode, cut, to_block
 from raywm.envs.make import make_env
-from raywm.seeding import derive, rng
+from raywm.playing import Piece, Play, Played, Row
+from raywm.recording import BLOCK_BYTES, Recording
 from raywm.spaces import ActionCodec, obs_columns
 
-START_STEPS = 512  # vector steps that a recording has room for at first
+__all__ = ["BLOCK_S", "Collector", "Played"]
 
-
-class Played(NamedTuple):
-    """What evaluation needs of an episode."""
-
-    number: int
-    ret: float
-    steps: int
-    info: dict[str, Any]
+BLOCK_S = 0.25  # seconds after which finished episodes are handed over, however few
 
 
 class Collector:
@@ -35,6 +29,11 @@ class Collector:
     Episode n is always played in row n % envs, its environment and its agent seeded by (seed, stream, n), and the agent
     acts on a batch of always `envs` rows (idle ones hold zeros): so an episode has the same bits whichever collector
     plays it and whatever is played beside it. An episode longer than `max_steps` is an error, not a hang.
+
+    An environment that raises, or gives a NaN or a wrong shape, is closed, made anew and counted in `restarts`. Its
+    episode is tried once more from its seed; when it breaks again it is counted in `broken` and kept out of the data.
+    When more than three and more than a tenth of this collector's episodes broke, that is a ValueError, naming
+    environment, episode and step.
     """
 
     def __init__(self, env: EnvConfig | Mapping[str, Any], seed: int, envs: int = 8, max_steps: int = 100_000) -> None:
@@ -42,28 +41,67 @@ class Collector:
             raise ValueError(f"envs is {envs}, expected at least 1")
         self.config, self.seed, self.envs, self.max_steps = env, seed, envs, max_steps
         self.id: str = env["id"] if isinstance(env, Mapping) else env.id
-        self._rows: dict[int, _Row] = {}
+        self.restarts = self.broken = self.played = 0
+        self._rows: dict[int, Row] = {}
+        self._recordings: dict[bool, Recording] = {}
         self._turn = 0
-        first = self._row(0).env
+        self.offers: deque[Agent] = deque(maxlen=1)
+        self.steps = 0  # vector steps
+        self.busy: Row | None = None  # whose environment is being called
+        self._watched: tuple[Any, float] = (None, 0.0)
+        first = self.row(0).env
         self.columns = obs_columns(first.observation_space)
         self.codec = ActionCodec(first.action_space)
 
-    def collect(self, agent: Agent, numbers: Sequence[int], stream: str = "collect") -> Iterator[Episode]:
-        """Play the episodes `numbers` and yield each as it ends.
+    def blocks(
+        self,
+        agent: Agent,
+        numbers: Sequence[int],
+        stream: str = "collect",
+        *,
+        common: dict[str, Any] | None = None,
+        block_bytes: int = BLOCK_BYTES,
+        block_s: float = BLOCK_S,
+        piece_rows: int | None = None,
+        pickup: Literal["episode"] | int = "episode",
+    ) -> Iterator[tuple[pa.Table, list[Played]]]:
+        """Play the episodes `numbers`; yield what has ended as blocks (``to_block``) and as Played.
 
-        Raises ValueError, naming environment, episode and step, when the environment raises, gives a NaN or a wrong
-        shape, or does not end.
+        A block is handed over when it holds `block_bytes`, or `block_s` seconds after the last one, or at the end; it
+        is larger than `block_bytes` by less than one episode.
+        With `piece_rows` an episode that is still running hands over its rows in pieces of that many, and Played comes
+        with the last. A broken episode is a piece without rows whose info says "broken": that voids its other pieces.
+        An episode that is tried again begins again with its first row.
+
+        `pickup` says when an agent that was offered meanwhile takes over: "episode": it plays the episodes that begin
+        from then on, and the others end as they began; a number k: it takes over all rows at every k-th vector step.
+
+        Raises ValueError when too many episodes broke, or one does not end.
         """
-        for row, recording in self._play(agent, numbers, stream, keep=True):
-            obs, action = recording.cut(row.index, row.begin)
-            action[0] = self.codec.zero()
-            flags = np.zeros((3, len(row.rewards)), bool)
-            flags[0, 0] = flags[1, -1] = True
-            flags[2, -1] = row.terminated
-            reward = np.array(row.rewards, np.float32)
-            first, last, terminal = flags
-            info = self._info(row, agent)
-            yield Episode(f"{stream}-{row.number:09d}", obs, action, reward, first, last, terminal, info)
+        for what, least in (("piece_rows", piece_rows), ("pickup", None if pickup == "episode" else pickup)):
+            if least is not None and least < 1:
+                raise ValueError(f"{what} is {least}, expected at least 1")
+        play = Play(self, agent, numbers, stream, pickup=pickup, piece_rows=piece_rows)
+        most, handed = max(1, block_bytes // play.recording.row_bytes), time.monotonic()
+
+        def due() -> bool:
+            return play.rows >= most or time.monotonic() - handed >= block_s
+
+        for pieces, columns in self._run(play, due, most):
+            handed = time.monotonic()
+            yield to_block(columns, [p.header() for p in pieces], common), [p.played() for p in pieces if p.ended]
+
+    def collect(self, agent: Agent, numbers: Sequence[int], stream: str = "collect") -> Iterator[Episode]:
+        """Play the episodes `numbers` and yield each as it ends; those that broke are left out.
+
+        Raises ValueError when too many broke, or one does not end.
+        """
+        for pieces, columns in self._run(Play(self, agent, numbers, stream), lambda: True):
+            stop = 0
+            for piece in pieces:
+                start, stop = stop, stop + piece.rows
+                if piece.rows:
+                    yield cut(columns, piece.episode.id, start, stop, piece.info)
 
     def play(
         self,
@@ -74,192 +112,71 @@ class Collector:
     ) -> list[Played]:
         """Play the episodes `numbers` without keeping what was seen; in the order of `numbers`.
 
-        `progress`, where given, is called with 1 as an episode ends.
+        `progress`, where given, is called with 1 as an episode ends. Raises ValueError when one breaks twice: a mean
+        without it would be another number.
         """
         played = {}
-        for row, _ in self._play(agent, numbers, stream, keep=False):
-            ret = float(np.array(row.rewards, np.float32).sum(dtype=np.float64))  # the very sum of Episode.ret
-            played[row.number] = Played(row.number, ret, len(row.rewards) - 1, self._info(row, agent))
-            if progress is not None:
-                progress(1)
+        for pieces, _ in self._run(Play(self, agent, numbers, stream, keep=False), lambda: True):
+            for piece in pieces:
+                played[piece.episode.number] = piece.played()
+                if progress is not None:
+                    progress(1)
         return [played[number] for number in numbers]
+
+    def offer(self, agent: Agent) -> None:
+        """From any thread: `agent` shall act from the next pick-up of `blocks` on. Only the newest offer is kept.
+
+        It must be a new object: one that acts already is not taken over from.
+        """
+        self.offers.append(agent)
+
+    def stalled(self) -> tuple[int, float] | None:
+        """From one other thread, again and again: (number, seconds) of the episode whose environment is being called.
+
+        The seconds count from the first look that found it in this very call, so they are exact to the time between
+        looks. None while no environment is being called.
+        """
+        row, steps, now = self.busy, self.steps, time.monotonic()
+        episode = None if row is None else row.episode
+        if episode is None:
+            return None
+        if (episode, steps) != self._watched[0]:
+            self._watched = ((episode, steps), now)
+        return episode.number, now - self._watched[1]
 
     def close(self) -> None:
         for row in self._rows.values():
             row.env.close()
         self._rows.clear()
+        self._recordings.clear()
 
-    def _play(self, agent: Agent, numbers: Sequence[int], stream: str, keep: bool) -> Iterator[tuple[_Row, _Recording]]:
-        """Step all rows together; yield a row when its episode has ended, before its environment is used again."""
+    def _run(
+        self, play: Play, due: Callable[[], bool], most: int = 1 << 62
+    ) -> Iterator[tuple[list[Piece], dict[str, np.ndarray]]]:
+        """Play until all has ended; the pieces so far and their rows whenever `due`, or where the recording is full.
+
+        `most`: rows after which the pieces that follow are for the next time.
+        """
         self._turn += 1
         turn = self._turn
-        waiting: list[deque[int]] = [deque() for _ in range(self.envs)]
-        for number in numbers:
-            waiting[number % self.envs].append(number)
-        recording = _Recording(self.columns, self.codec, self.envs, keep)
-        nobody = rng(self.seed, "idle")  # idle rows must draw from something, and nobody sees what
-        rngs = [nobody] * self.envs
-        active = [self._row(index) for index in range(self.envs) if waiting[index]]
-        for row in active:
-            rngs[row.index] = self._begin(row, waiting[row.index].popleft(), stream, recording)
-        recording.idle = [index for index in range(self.envs) if rngs[index] is nobody]
-        is_first = np.ones(self.envs, bool)
-        state = agent.initial(self.envs)
-        shape = (self.envs, *self.codec.shape)
-        while active:
-            action, state = agent.act(recording.now, state, is_first, rngs)
-            if getattr(action, "shape", None) != shape:
-                raise ValueError(f"agent {agent.name!r} acted {np.shape(action)}, expected {shape}: an action a row")
-            recording.advance(action, active)
-            ended = [row for row in active if self._step(row, action[row.index], recording)]
-            if not recording.finite():
-                raise self._not_finite(active, recording)
-            is_first = np.zeros(self.envs, bool)
-            for row in ended:
-                yield row, recording
+        while play.active or play.pieces:
+            if play.pieces and (play.full or not play.active or due()):
+                yield play.take(most)
                 if turn != self._turn:
                     raise RuntimeError("another collect or play began before this one ended; close() this one first")
-                is_first[row.index] = True
-                if waiting[row.index]:
-                    rngs[row.index] = self._begin(row, waiting[row.index].popleft(), stream, recording)
-                else:
-                    rngs[row.index] = nobody
-                    active.remove(row)
-                    recording.rest(row.index)
+                continue
+            if play.full:
+                play.make_room()
+            play.step()
 
-    def _step(self, row: _Row, action: np.ndarray, recording: _Recording) -> bool:
-        """One step of one environment; whether its episode has ended."""
-        steps = len(row.rewards)
-        try:
-            obs, reward, terminated, truncated, _ = row.step(action)
-            recording.put(row.index, obs)
-            reward = float(reward)
-        except Exception as error:
-            raise self._broken(row, steps, f"{type(error).__name__}: {error}") from error
-        if not math.isfinite(reward):
-            raise self._broken(row, steps, f"reward {reward}, expected a finite number")
-        row.rewards.append(reward)
-        row.terminated = bool(terminated)
-        if terminated or truncated:
-            return True
-        if steps >= self.max_steps:
-            raise self._broken(row, steps, "still no end of the episode; set env.time_limit")
-        return False
-
-    def _begin(self, row: _Row, number: int, stream: str, recording: _Recording) -> np.random.Generator:
-        """Start episode `number` in a row; returns the generator its actions are drawn from."""
-        row.number, row.seed = number, derive(self.seed, stream, "env", number)
-        row.begin, row.rewards = recording.time, [0.0]
-        try:
-            obs, _ = row.env.reset(seed=row.seed)
-            recording.put(row.index, obs)
-        except Exception as error:
-            raise self._broken(row, 0, f"{type(error).__name__}: {error}") from error
-        if not recording.finite():
-            raise self._not_finite([row], recording)
-        return rng(self.seed, stream, "act", number)
-
-    def _row(self, index: int) -> _Row:
+    def row(self, index: int) -> Row:
         if index not in self._rows:
-            self._rows[index] = _Row(index, make_env(self.config))
+            self._rows[index] = Row(index, make_env(self.config))
         return self._rows[index]
 
-    def _info(self, row: _Row, agent: Agent) -> dict[str, Any]:
-        # Nothing that differs between two plays of one episode (times, hosts) may enter: duplicates are equal bits.
-        made = {"policy": agent.name, "version": agent.version}
-        return {"number": row.number, "seed": row.seed, "env": self.id, **made}
-
-    def _broken(self, row: _Row, step: int, what: str) -> ValueError:
-        return ValueError(f"environment {self.id!r}, episode {row.number}, step {step}: {what}")
-
-    def _not_finite(self, rows: Sequence[_Row], recording: _Recording) -> ValueError:
-        for row in rows:
-            for name, column in recording.now.items():
-                if column.dtype.kind == "f" and not np.isfinite(column[row.index]).all():
-                    got = f"observation {name!r} is {column[row.index]}, expected finite numbers"
-                    return self._broken(row, len(row.rewards) - 1, got)
-        raise AssertionError("a row that is not being played holds a NaN")
-
-
-class _Row:
-    """One environment and the episode that is being played in it."""
-
-    def __init__(self, index: int, env: gym.Env) -> None:
-        self.index, self.env, self.step = index, env, env.step
-        self.number, self.seed = -1, 0
-        self.begin = 0  # the recording's time of its first observation
-        self.rewards: list[float] = []  # with row 0's zero
-        self.terminated = False
-
-
-class _Recording:
-    """What all rows see and do, time by time: the batch that the agent acts on is the place it is recorded in.
-
-    One array (time, rows, *) a column. Without `keep` there is only the present.
-    """
-
-    def __init__(self, columns: Mapping[str, gym.spaces.Box], codec: ActionCodec, rows: int, keep: bool) -> None:
-        self.time = 0  # of `now`, counted from the beginning of the recording
-        self.idle: list[int] = []
-        self._from = 0  # the time of the arrays' first entry
-        self._keep = keep
-        room = START_STEPS if keep else 1
-        self._obs = {name: np.zeros((room, rows, *box.shape), box.dtype) for name, box in columns.items()}
-        self._action = np.zeros((room, rows, *codec.shape), codec.dtype)
-        self._look()
-
-    def _look(self) -> None:
-        at = self.time - self._from
-        self.now = {name: column[at] for name, column in self._obs.items()}  # {column: (B, *)}
-        self._slots = [(name, now, now.shape[1:], now.dtype) for name, now in self.now.items()]
-        self._floats = [now for now in self.now.values() if now.dtype.kind == "f"]
-
-    def put(self, index: int, obs: Mapping[str, np.ndarray]) -> None:
-        """Row `index` sees `obs` now."""
-        for name, now, shape, dtype in self._slots:
-            value = obs[name]
-            if value.shape != shape or value.dtype != dtype:
-                raise ValueError(f"observation {name!r} is {value.dtype} {value.shape}, expected {dtype} {shape}")
-            now[index] = value
-
-    def finite(self) -> bool:
-        return all(np.isfinite(now).all() for now in self._floats)
-
-    def rest(self, index: int) -> None:
-        """Row `index` has nothing more to play and holds zeros."""
-        self.idle.append(index)
-        for now in self.now.values():
-            now[index] = 0
-
-    def advance(self, action: np.ndarray, active: Sequence[_Row]) -> None:
-        """The next time begins: what is put from now on was arrived at by `action`."""
-        if not self._keep:
-            return
-        self.time += 1
-        if self.time - self._from == len(self._action):
-            self._make_room(min(row.begin for row in active))
-        self._look()
-        self._action[self.time - self._from] = action
-        for now in self.now.values():
-            now[self.idle] = 0
-
-    def _make_room(self, oldest: int) -> None:
-        """Forget the times before `oldest`; where that frees less than half, double the arrays."""
-        forget, size = oldest - self._from, len(self._action)
-        room = size if forget >= size // 2 else 2 * size
-
-        def move(column: np.ndarray) -> np.ndarray:
-            moved = np.zeros((room, *column.shape[1:]), column.dtype)
-            moved[: size - forget] = column[forget:]
-            return moved
-
-        self._obs = {name: move(column) for name, column in self._obs.items()}
-        self._action = move(self._action)
-        self._from = oldest
-
-    def cut(self, index: int, begin: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Copies of what row `index` has seen and done since `begin`: {column: (T, *)}, (T, *shape)."""
-        span = slice(begin - self._from, self.time - self._from + 1)
-        return {name: column[span, index].copy() for name, column in self._obs.items()}, self._action[
-            span, index
-        ].copy()
+    def recording(self, keep: bool) -> Recording:
+        """Kept for the next call: large ones cost more to make than a few episodes cost to play."""
+        if keep not in self._recordings:
+            self._recordings[keep] = Recording(self.columns, self.codec, self.envs, keep)
+        self._recordings[keep].restart()
+        return self._recordings[keep]

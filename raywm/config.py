@@ -84,6 +84,23 @@ class CollectConfig(Section):
     episodes: Count = Field(10, description="Episodes a turn, played with the controller.")
     explore: Fraction = Field(0.1, description="Chance a step of a random action, in episodes that are no trials.")
     timeout_s: Positive = Field(300.0, description="Seconds after which a collector's answer counts as lost.")
+    stall_s: Positive = Field(
+        60.0, description="Seconds an environment's step or reset may take before it is restarted."
+    )
+
+
+class ReplayConfig(Section):
+    """Where real episodes are kept."""
+
+    shards: Literal["driver", "nodes"] = Field(
+        "driver", description="One shard on the driver's node, in the run's directory; or one on each node."
+    )
+    storage: str | None = Field(None, description="Path or URI (s3://...) that sealed segments are copied to.")
+    segment_mb: Positive = Field(64.0, description="A segment is sealed when it is this large,")
+    seal_s: Positive = Field(60.0, description="or after this many seconds.")
+    capacity_mb: Positive | None = Field(
+        None, description="The oldest segments are dropped beyond this, over all shards."
+    )
 
 
 class ModelConfig(Section):
@@ -192,6 +209,7 @@ class RunConfig(Section):
     budget: BudgetConfig = BudgetConfig()
     target: TargetConfig = TargetConfig()
     collect: CollectConfig = CollectConfig()
+    replay: ReplayConfig = ReplayConfig()
     model: ModelConfig = ModelConfig()
     fit: FitConfig = FitConfig()
     controller: ControllerConfig = ControllerConfig()
@@ -224,6 +242,8 @@ RESUMABLE = (
     "address",
     "collect.workers",
     "collect.timeout_s",
+    "collect.stall_s",
+    "replay.*",
     "dream.workers",
     "dream.timeout_s",
     "budget.*",
@@ -260,6 +280,16 @@ def load(preset_or_file: str | Path, overrides: Sequence[str] = ()) -> RunConfig
     for override in overrides:
         _override(data, override)
     return parse(data, source)
+
+
+def load_environment(environment: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """As ``load``, where the name of an environment will do: a gymnasium id or "module:EnvClass"."""
+    if environment in presets() or environment.endswith((".yaml", ".yml")):
+        return load(environment, overrides)
+    data: dict[str, Any] = {"env": {"id": environment}}
+    for override in overrides:
+        _override(data, override)
+    return parse(data, environment)
 
 
 def parse(data: dict[str, Any], source: str = "config") -> RunConfig:

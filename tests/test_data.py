@@ -340,8 +340,9 @@ def test_a_broken_episode_is_marked_and_kept_out(tmp_path):
         store.mark(a.id, {"broken": "step 6: nan"})
         assert store.add(to_table(a, 5)) == 0 and store.ids() == [b.id]
         assert store.verify()["broken"] == 2
+        assert store.add(a) == 1 and store.ids() == [a.id, b.id] and list(store.broken) == ["e-000009"]  # mended
     table = pa.ipc.open_stream(next(tmp_path.glob("segment*")).read_bytes()).read_all()
-    assert table.num_rows == 5 + 4
+    assert table.num_rows == 5 + 4 + 12
 
 
 @pytest.mark.parametrize("sealed", [True, False])

@@ -58,7 +58,7 @@ def test_killed_drivers_on_ray(reference, tmp_path):
     """kill -9 of the driver in every phase. The Ray it had started dies with it and is in nobody's way."""
     deaths = [
         ("collect", 1),
-        ("commit", 1),
+        ("settle", 1),
         ("fit", 1),
         ("save", 3),
         ("fitness", 2),

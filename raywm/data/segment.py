@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import pyarrow as pa
 from raywm.data.episode import from_columns
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's end of stream
+NAME = re.compile(r"segment-(\d{8})(\.open)?\.arrows")
 HEADER, HEADER_CRC = b"raywm", b"raywm.crc"
 
 

@@ -36,13 +36,12 @@ from raywm.data.episode import (
     validate,
     validate_block,
 )
-from raywm.data.segment import DamagedError, Piece, Segment, walk_pieces
+from raywm.data.segment import NAME, DamagedError, Piece, Segment, walk_pieces
 from raywm.data.snapshot import Snapshot, draw, gather
 from raywm.spaces import ActionCodec
 
 __all__ = ["DamagedError", "EpisodeStore", "Snapshot"]
 
-NAME = re.compile(r"segment-(\d{8})(\.open)?\.arrows")
 LOCK_PATIENCE = 5.0  # seconds: a killed owner's lock goes with its process, which may take a moment
 
 
@@ -273,10 +272,24 @@ class EpisodeStore:
             piece = self._entry(id).pieces[-1]
             return piece.block.segment.info(piece)
 
+    def length(self, id: str) -> tuple[int, float]:
+        """Steps and return of a complete episode, from its info where that says; (0, nan) of a broken one."""
+        with self.lock:
+            if id in self._marks:
+                return 0, float("nan")
+            steps, ret = self._entry(id).rows - 1, self.info(id).get("return")
+            return steps, self.get(id).ret if ret is None else float(ret)
+
     def segments(self) -> list[Path]:
         """The sealed files, oldest first: they do not change any more and may be copied elsewhere."""
         with self.lock:
             return [segment.path for segment in self._segments if not segment.open]
+
+    def opened(self) -> int | None:
+        """The number of the segment that is being appended to, if it holds anything."""
+        with self.lock:
+            last = self._segments[-1] if self._segments else None
+            return last.number if last is not None and last.open and last.pieces else None
 
     # Writing
 
@@ -342,8 +355,11 @@ class EpisodeStore:
             id, first_row, start = head["id"], head["first_row"], at
             at += head["rows"]
             entry = self._entries.get(id)
-            if self.known(id) and not ahead.get(id) and (head["rows"] or id in self._marks):
+            marked = id in self._marks
+            if entry is not None and entry.complete and head["rows"] and id not in ahead:
                 continue  # ids are deterministic: the same episode, played again after a death
+            if marked and id not in ahead and (first_row or not head["rows"]):
+                continue  # marked already, or the rest of what broke; one that begins again may go well
             stored = ahead.get(id, entry.rows if entry else 0)
             if head["rows"] and id not in ahead:
                 if first_row + head["rows"] <= stored and self._same(id, first_row, head["rows"], columns, start):

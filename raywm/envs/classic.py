@@ -225,7 +225,9 @@ class FaultyEnv(gym.Env):
     """A random walk of 20 steps that fails on purpose at step `at` (0 is the reset), for tests of what survives it.
 
     `fault`: None, "nan_obs", "nan_reward", "raise", "stall" (sleeps `seconds`) or "kill" (SIGKILL to its own process).
-    `once`: a file that the first failure creates, and that prevents any further one, in whatever process.
+    `once`: a file that the first failure creates, and that prevents any further one, in whatever process; "{seed}" in
+    its name stands for the reset's seed, and then every episode fails once.
+    `every`: only episodes whose reset's seed is a multiple of it fail.
     """
 
     FAULTS = (None, "nan_obs", "nan_reward", "raise", "stall", "kill")
@@ -237,20 +239,22 @@ class FaultyEnv(gym.Env):
         seconds: float = 3600.0,
         once: str | None = None,
         steps: int = 20,
+        every: int = 1,
     ):
         if fault not in self.FAULTS:
             raise ValueError(f"fault is {fault!r}, expected one of {self.FAULTS}")
         self.fault, self.at, self.seconds, self.once, self.steps = fault, at, seconds, once, steps
+        self.every, self.seed = every, 0
         self.observation_space = gym.spaces.Box(-UNLIMITED, UNLIMITED, (3,), np.float32)
         self.action_space = gym.spaces.Discrete(2)
         self.t, self.x = 0, np.zeros(3)
 
     def _strikes(self) -> bool:
-        if self.fault is None or self.t != self.at:
+        if self.fault is None or self.t != self.at or self.seed % self.every:
             return False
         if self.once is not None:
             try:
-                Path(self.once).touch(exist_ok=False)
+                Path(self.once.replace("{seed}", str(self.seed))).touch(exist_ok=False)
             except FileExistsError:
                 return False
         return True
@@ -270,7 +274,7 @@ class FaultyEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
         super().reset(seed=seed)
-        self.t, self.x = 0, self.np_random.standard_normal(3)
+        self.t, self.x, self.seed = 0, self.np_random.standard_normal(3), seed or 0
         return self._fail(self.x.astype(np.float32), 0.0)[0], {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -278,6 +282,38 @@ class FaultyEnv(gym.Env):
         self.x = self.x + 0.1 * (2 * int(action) - 1) + 0.1 * self.np_random.standard_normal(3)
         obs, reward = self._fail(self.x.astype(np.float32), 1.0)
         return obs, reward, False, self.t >= self.steps, {}
+
+
+class SleepEnv(gym.Env):
+    """An environment that costs time and nothing else: `length` steps of `seconds` each, then truncated.
+
+    It sees how much of the episode is over. What one sleep took too long (the operating system's timer slack) the
+    process's next one is shorter by, so that it does not add up; what goes on between two steps costs what it costs.
+    """
+
+    _slack = 0.0  # seconds slept too long so far, by all such environments of the process
+
+    def __init__(self, seconds: float = 0.0025, length: int = 200):
+        if seconds < 0 or length < 1:
+            raise ValueError(f"got seconds={seconds}, length={length}; expected seconds >= 0 and at least 1 step")
+        self.seconds, self.length, self.t = seconds, length, 0
+        self.observation_space = gym.spaces.Box(0, 1, (1,), np.float32)
+        self.action_space = gym.spaces.Discrete(2)
+
+    def _observe(self) -> np.ndarray:
+        return np.array([self.t / self.length], np.float32)
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t = 0
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.t += 1
+        began, wanted = time.monotonic(), self.seconds - SleepEnv._slack
+        time.sleep(max(0.0, wanted))
+        SleepEnv._slack = min(time.monotonic() - began - wanted, self.seconds)
+        return self._observe(), 1.0, False, self.t >= self.length, {}
 
 
 def _register(id: str, env_class: type[gym.Env], limit: int | None = None) -> None:
@@ -289,3 +325,4 @@ _register("raywm/Bifurcation-v0", BifurcationEnv, limit=BifurcationEnv.STEPS)
 _register("raywm/Counting-v0", CountingEnv)
 _register("raywm/LinearWorld-v0", LinearWorldEnv)
 _register("raywm/Faulty-v0", FaultyEnv)
+_register("raywm/Sleep-v0", SleepEnv)

@@ -45,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def make_env(env: Any, render: bool = False) -> gym.Env:
+def make_env(env: Any, render: bool = False) -> Columns:
     """An environment whose observations are a dict of columns (see ``raywm.spaces.obs_columns``).
 
     `env` is an EnvConfig or a dict with its keys:
@@ -187,6 +187,8 @@ class Columns(gym.ObservationWrapper):
     """Observations as a dict of columns, with the image ones cropped, resized and made grey.
 
     Every array is the caller's own: an environment that reuses its buffer cannot change a stored row.
+
+    ``plain``: the one column that an observation of its shape already is, or None.
     """
 
     def __init__(
@@ -205,6 +207,8 @@ class Columns(gym.ObservationWrapper):
         if resize and importlib.util.find_spec("cv2") is None:
             raise ValueError("resize needs OpenCV; pip install opencv-python-headless")
         self._images = images if crop or resize or grayscale else []
+        several = isinstance(env.observation_space, gym.spaces.Dict)
+        self.plain = None if several or self._images else next(iter(self._raw))
         boxes: dict[str, gym.Space] = dict(self._raw)
         for name in self._images:
             height, width, channels = self._raw[name].shape
@@ -226,10 +230,14 @@ class Columns(gym.ObservationWrapper):
         return super().step(action)
 
     def observation(self, observation: Any) -> dict[str, np.ndarray]:
+        return {name: np.array(column, order="C") for name, column in self.columns(observation).items()}
+
+    def columns(self, observation: Any) -> dict[str, np.ndarray]:
+        """What `env` observes, as columns that may be views of its memory: for a caller that copies them anyway."""
         columns = to_columns(self._raw, observation)
         for name in self._images:
             columns[name] = self._image(columns[name])
-        return {name: np.array(column, order="C") for name, column in columns.items()}
+        return columns
 
     def _image(self, image: np.ndarray) -> np.ndarray:
         if self.crop:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ import gymnasium
 import numpy as np
 import torch
 
-from raywm.agent import MixedAgent, RandomAgent, StickyAgent
-from raywm.config import RunConfig
+from raywm.agent import Agent, MixedAgent, RandomAgent, StickyAgent
+from raywm.config import CollectConfig, RunConfig
 from raywm.controllers import Controller, ControllerAgent
 from raywm.data.episode import Episode
-from raywm.data.store import EpisodeStore, Snapshot
+from raywm.data.store import DamagedError, EpisodeStore, Snapshot
 from raywm.envs import make_env
 from raywm.evaluate import open_loop_error
 from raywm.fit import Trainer
@@ -24,7 +25,7 @@ from raywm.models import build_model
 from raywm.seeding import derive
 from raywm.spaces import ActionCodec, columns_to_json, is_image
 
-Played = tuple[int, int, float]  # episode number, steps, return
+Played = tuple[int, int, float]  # episode number, steps, return; 0 steps: it broke and is kept out
 DEFAULT_HORIZON = 1000  # of dreams of an environment that names no time limit
 
 
@@ -54,11 +55,9 @@ class Parts:
         columns = columns_to_json(self.columns)
         return {"action": self.codec.to_json(), "columns": columns, "horizon": self.horizon}
 
-    def first_agent(self) -> Any:
-        collect = self.config.collect
-        if collect.policy == "random":
-            return RandomAgent(self.codec)
-        return {"sticky": StickyAgent, "mixed": MixedAgent}[collect.policy](self.codec, collect.hold)
+    def first_agent(self) -> Agent:
+        """Who plays before there is a controller."""
+        return first_agent(self.config.collect, self.codec)
 
     def agent(self, weights: dict[str, torch.Tensor], theta: np.ndarray, version: int = 0) -> ControllerAgent:
         model = build_model(**self.spec["model"])
@@ -86,6 +85,13 @@ class Parts:
     def fit_arguments(self) -> dict[str, Any]:
         """Arguments of the run's `FitWorker`. Threads are counted here, once: another count may round differently."""
         return {**dict(self.config.fit), "threads": self.config.fit.threads or cores()}
+
+
+def first_agent(collect: CollectConfig, codec: ActionCodec) -> Agent:
+    """The policy that a config names."""
+    if collect.policy == "random":
+        return RandomAgent(codec)
+    return {"sticky": StickyAgent, "mixed": MixedAgent}[collect.policy](codec, collect.hold)
 
 
 def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
@@ -173,15 +179,23 @@ def joined(parts: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> tuple[
     return np.concatenate([p[0] for p in parts])[:count], int(np.concatenate([p[1] for p in parts])[:count].sum())
 
 
-def stored(store: EpisodeStore, first: int, stream: str) -> Iterator[tuple[int, int, float]]:
-    """(number, steps, return) of a stream's episodes in the store from number `first` on, up to the first gap.
+def stored(store: EpisodeStore, stream: str, first: int = 0, numbers: Sequence[int] | None = None) -> list[Played]:
+    """What a store holds of a stream's episodes: of `numbers`, or of all from number `first` on; broken ones as well.
 
     An episode is a function of its number and of who played it, so one that was written before a crash counts."""
-    have = set(store.ids())
-    while (id := f"{stream}-{first:09d}") in have:
-        episode = store.get(id)
-        yield first, episode.steps, episode.ret
-        first += 1
+    if numbers is None:
+        ids = [id for id in (*store.ids(), *store.broken) if re.fullmatch(rf"{re.escape(stream)}-\d{{9,}}", id)]
+        numbers = [number for id in ids if (number := int(id.rpartition("-")[2])) >= first]
+    found: list[Played] = []
+    for number in numbers:
+        id = f"{stream}-{number:09d}"
+        if not store.known(id):
+            continue
+        try:
+            found.append((number, *store.length(id)))
+        except DamagedError:
+            continue  # it is forgotten now, and played again
+    return found
 
 
 def cores() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,6 @@ from raywm.seeding import derive
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
 TRIALS = BLOCK // 2
-COMMIT_EVERY = 16  # episodes
 CALIBRATION_DREAMS = 128
 SAVE_EVERY_S = 15.0
 
@@ -57,6 +57,7 @@ class VMC:
             "phase": "collect",
             "accepted": [],
             "real_env_steps": 0,
+            "broken_episodes": 0,
             "dream_steps": 0,
             "random": [],
             "best_trial": None,
@@ -100,7 +101,7 @@ class VMC:
         """The first turn: the random policy, until `initial_steps`. Later: C with exploration, some episodes."""
         config, state = self.config.collect, self.state
         if state["iteration"] == 0:
-            self.executor.set_agent(self.parts.first_agent())
+            self.executor.rollouts.set_agent(self.parts.first_agent())
             played = self._take(0, steps=config.initial_steps, label="collect (random)")
             state["random"] = [p[2] for p in played]
         else:
@@ -108,7 +109,7 @@ class VMC:
             if self._spent():
                 return
             inner = self.parts.agent(self.weights, self.theta, state["iteration"])
-            self.executor.set_agent(Exploring(inner, self.parts.codec, config.explore))
+            self.executor.rollouts.set_agent(Exploring(inner, self.parts.codec, config.explore))
             played = self._take(state["iteration"] * BLOCK, episodes=count, label="collect (exploring)")
         if played:
             self._tell("collect", **summarise([p[2] for p in played], [p[1] for p in played]))
@@ -120,7 +121,7 @@ class VMC:
             if state["best_trial"] is None:  # never tried, but the only one there is
                 self._keep()
             return
-        self.executor.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
+        self.executor.rollouts.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
         played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial")
         real = float(np.mean([p[2] for p in played]))
         dreamt = state["dream_return_mean"]
@@ -151,48 +152,36 @@ class VMC:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster.
 
-        They are written as they come, so a run that is killed here does not play them again."""
+        Stored as they come: a run that is killed here plays none of them again. Broken ones do not count."""
         goal = steps if episodes is None else episodes
         taken: list[Played] = []
-        total = 0
+        total, number = 0, first
 
         def enough() -> bool:
             return (steps is not None and total >= steps) or len(taken) == episodes or self._spent(total)
 
+        def left() -> float:
+            """Episodes still wanted, about."""
+            if steps is None or not total:
+                return (episodes or 1) - len(taken) if steps is None else math.inf
+            return (steps - total) * len(taken) / total
+
         with self.log.progress(label, goal) as bar:
-
-            def take(played: Played) -> bool:
-                nonlocal total
-                taken.append(played)
-                total += played[1]
-                bar.advance(1 if episodes else played[1])
-                return enough()
-
-            for played in self.executor.kept(first, "collect"):  # before a crash; as good as played now
-                if take(played):
-                    break
             while not enough():
-                begin = first + len(taken)
-                numbers = itertools.count(begin) if episodes is None else range(begin, first + episodes)
-                results = self.executor.collect(numbers, "collect")
-                fresh: list[Played] = []
-                try:
-                    for played in in_order(results, begin):
-                        fresh.append(played)
-                        over = take(played)
-                        if over or len(fresh) == COMMIT_EVERY:
-                            if self.executor.commit([n for n, *_ in fresh], "collect") < len(fresh):
-                                break
-                            fresh = []
-                        if over:
+                numbers = itertools.count(number) if episodes is None else range(number, number + episodes - len(taken))
+                results = self.executor.rollouts.collect(numbers, "collect", left)
+                with contextlib.closing(results):
+                    for played in in_order(results, number):
+                        number += 1
+                        if not played[1]:
+                            self.state["broken_episodes"] += 1
+                            continue
+                        taken.append(played)
+                        total += played[1]
+                        bar.advance(1 if episodes else played[1])
+                        if enough():
                             break
-                finally:
-                    results.close()
-                    if fresh:  # an environment broke, or a lost store forgot some: what it knows is written
-                        lost = fresh[self.executor.commit([n for n, *_ in fresh], "collect") :]
-                        del taken[len(taken) - len(lost) :]
-                        total -= sum(length for _, length, _ in lost)
-            self.executor.settle()
+            self.executor.rollouts.settle()
         self.state["accepted"] += [f"collect-{t[0]:09d}" for t in taken]
         self.state["real_env_steps"] += total
         return taken
@@ -263,7 +252,7 @@ class VMC:
         if evolve.where == "dream":
             return
         agent = self.parts.agent(self.weights, self.theta)
-        self.executor.set_agent(agent)
+        self.executor.rollouts.set_agent(agent)
         es = self._search("real", evolve.sigma if evolve.where == "real" else evolve.sigma / 2)
         episodes = evolve.population * evolve.real_rollouts
         for generation in self._generations(es, evolve.real_generations, "evolve (real)"):
@@ -271,7 +260,7 @@ class VMC:
                 break
             first = (self.state["iteration"] * BLOCK + generation) * evolve.real_rollouts
             numbers = range(first, first + evolve.real_rollouts)
-            fitness, steps = self.executor.real_fitness(es.ask(), numbers, "fitness")
+            fitness, steps = self.executor.rollouts.real_fitness(es.ask(), numbers, "fitness")
             self.state["real_env_steps"] += steps
             self._generation(es, generation, fitness, "real")
         self._finish_search(es)
@@ -363,9 +352,9 @@ class VMC:
     def evaluate(self) -> dict[str, Any]:
         """The best controller's final measurement, which decides nothing, and the run's summary."""
         state = self.state
-        self.executor.set_agent(self.parts.agent(self.best_weights, self.best_theta, state["best_iteration"]))
+        self.executor.rollouts.set_agent(self.parts.agent(self.best_weights, self.best_theta, state["best_iteration"]))
         with self.log.progress("evaluate", None):
-            played = self.executor.play(range(self.config.evaluate.episodes), "evaluate")
+            played = self.executor.rollouts.play(range(self.config.evaluate.episodes), "evaluate")
         returns = [p[2] for p in played]
         mean, dreamt = float(np.mean(returns)), state["best_dream_return_mean"]
         self._tell("evaluate", **summarise(returns, [p[1] for p in played]))
@@ -386,6 +375,7 @@ class VMC:
             "iterations": state["iteration"] + 1,
             "wall_seconds": round(self._wall(), 1),
             "worker_deaths": state["worker_deaths"] + self.executor.deaths,
+            "broken_episodes": state["broken_episodes"],
         }
         checkpoint.atomic_write_json(self.out / "summary.json", summary)
         state["phase"] = "done"
@@ -434,24 +424,6 @@ class VMC:
         self.best_weights = tensors["best_model"]
         self.theta, self.best_theta = arrays["controller"]["theta"], arrays["controller"]["best"]
         self.record = dict(arrays.get("search", {}))
-
-
-def collect(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:
-    """Only a run's first episodes; `train` in the same directory goes on from there."""
-    run = VMC(config, out, executor, log)
-    run.restore()
-    state = run.state
-    if (state["iteration"], state["phase"]) == (0, "collect"):
-        run.collect()
-        state["phase"] = "fit"
-        run.save()
-    returns = state["random"]
-    return {
-        "env_id": config.env.id,
-        "episodes": len(returns),
-        "real_env_steps": state["real_env_steps"],
-        **{k: v for k, v in summarise(returns, [0]).items() if k.startswith("return_")},
-    }
 
 
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywm.config import RunConfig
 from raywm.learners.fitness import DreamWorker
-from raywm.loops.parts import Parts, Played, chunks, joined, units
+from raywm.loops.parts import Parts, joined, units
 from raywm.runtime.cluster import connect
 from raywm.runtime.pool import WorkerPool
-from raywm.runtime.workers import Board, CollectWorker, FitActor, StoreWorker
+from raywm.runtime.rollouts import Rollouts
+from raywm.runtime.workers import Board, FitActor
 
 
 class _DreamActor(DreamWorker):
@@ -30,8 +30,8 @@ class _DreamActor(DreamWorker):
 class RayExecutor:
     """Collectors, one trainer and a dream pool, none of which can stop a run by dying.
 
-    Episodes go from collectors to the store and from there to the trainer; the driver sees counts, metrics and weights.
-    The store lives on the driver's node, where the run directory is. Collectors and dream workers are pools: work of a
+    Episodes go from collectors to replay shards and from there to the trainer; the driver sees counts, metrics and
+    weights. Collectors and dream workers are pools: work of a
     dead or silent worker is done again by another, and since work is a function of its arguments, with the same result.
 
     Args:
@@ -48,12 +48,16 @@ class RayExecutor:
         connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
         self.node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(self.node, soft=False)
-        columns, codec = self.parts.columns, self.parts.codec
-        path = str((Path(out) / "episodes").resolve())
-        self.store: Any = (
-            ray.remote(StoreWorker)
-            .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-            .remote(path, columns, codec)
+        self.rollouts = Rollouts(
+            config.env,
+            config.collect,
+            config.replay,
+            config.seed,
+            Path(out) / "episodes",
+            self.parts.columns,
+            self.parts.codec,
+            say=say,
+            on_death=self._on_death,
         )
         self.board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
         self._pools: dict[str, WorkerPool] = {}
@@ -63,7 +67,6 @@ class RayExecutor:
                 f"a generation is {count} units of work, so {config.dream.workers - count} of dream.workers will idle; "
                 "lower it, or raise evolve.population or lower dream.unit in a new run"
             )
-        self._ask(self.store.where)  # a broken store speaks up here
 
     # ------------------------------------------------------------------------------------------------ workers
 
@@ -72,17 +75,9 @@ class RayExecutor:
         if name not in self._pools:
             c, spec = self.config, self.parts.spec
             kinds: dict[str, Callable[[], dict[str, Any]]] = {
-                "collect": lambda: {
-                    "cls": CollectWorker,
-                    "args": (c.env, c.seed, c.collect.envs, self.store),
-                    "count": c.collect.workers,
-                    "options": {"num_cpus": 1},
-                    "timeout_s": c.collect.timeout_s,
-                    "inflight": 1,  # what is under way when there is enough is played for nothing
-                },
                 "fit": lambda: {
                     "cls": FitActor,
-                    "args": (spec, c.seed, self.parts.fit_arguments(), self.store, self.board),
+                    "args": (spec, c.seed, self.parts.fit_arguments(), self.rollouts.shards.actors, self.board),
                     "count": 1,
                     "options": {
                         "num_cpus": self.threads,
@@ -109,11 +104,11 @@ class RayExecutor:
     @property
     def deaths(self) -> int:
         """Workers that died and were replaced."""
-        return sum(pool.deaths for pool in self._pools.values())
+        return self.rollouts.deaths + sum(pool.deaths for pool in self._pools.values())
 
     def pids(self) -> dict[str, list[int]]:
         """Process ids by pool, for tests that kill them."""
-        return {name: pool.pids() for name, pool in self._pools.items()}
+        return {"collect": self.rollouts.pids()} | {pool.name: pool.pids() for pool in self._pools.values()}
 
     def __enter__(self) -> RayExecutor:
         return self
@@ -122,63 +117,11 @@ class RayExecutor:
         for pool in self._pools.values():
             pool.shutdown()
         with contextlib.suppress(Exception):
-            ray.get(self.store.close.remote(), timeout=30)
+            self.rollouts.close()
         if self._started:
             ray.shutdown()
         else:
-            ray.kill(self.store)
             ray.kill(self.board)
-
-    # ------------------------------------------------------------------------------------------------ reality
-
-    def set_agent(self, agent: Any) -> None:
-        """The agent that plays from now on, sent once for all collectors."""
-        self._pool("collect").broadcast("set_agent", agent)
-
-    def collect(self, numbers: Iterable[int], stream: str) -> Iterator[Played]:
-        """Play episodes `numbers` and hold them in the store until `commit`; in the order of their ends."""
-        size = self.config.collect.envs
-        if isinstance(numbers, Sequence):  # a finite few: an equal share for each collector
-            size = max(1, min(size, -(-len(numbers) // self.config.collect.workers)))
-        work = ((tuple(c), (c, stream)) for c in chunks(numbers, size))
-        results = self._pool("collect").map("collect", work)
-        try:
-            for _, played in results:
-                yield from played
-        finally:
-            results.close()
-
-    def kept(self, first: int, stream: str) -> list[Played]:
-        """The episodes from number `first` on, without a gap, that the store already holds."""
-        return self._ask(self.store.kept, first, stream)
-
-    def commit(self, numbers: Sequence[int], stream: str) -> int:
-        """Have the store write these of the held episodes, in this order, up to the first that it does not know (it
-        died and was restarted since); how many it has written."""
-        return self._ask(self.store.commit, [f"{stream}-{n:09d}" for n in numbers])
-
-    def settle(self) -> None:
-        """Forget what is still held, and see what was written onto the disk."""
-        self._ask(self.store.settle)
-
-    def _ask(self, method: Any, *args: Any) -> Any:
-        """Call the store; what it raises comes as itself."""
-        try:
-            return ray.get(method.remote(*args))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
-
-    def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
-        """Play episodes without keeping them, in order of their numbers."""
-        work = ((tuple(c), (c, stream)) for c in chunks(numbers, self.config.collect.envs))
-        return sorted(p for _, played in self._pool("collect").map("play", work) for p in played)
-
-    def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> tuple[np.ndarray, int]:
-        """Mean real returns (P,) of controllers (P, D), each playing the same episodes; and the steps it took."""
-        work = ((i, (t, list(numbers), stream)) for i, t in enumerate(theta))
-        played = dict(self._pool("collect").map("real_fitness", work))
-        means = [float(np.mean([p[2] for p in sorted(played[i])])) for i in range(len(theta))]
-        return np.array(means), sum(p[1] for each in played.values() for p in each)
 
     # ------------------------------------------------------------------------------------------------ the model
 

@@ -45,12 +45,18 @@ class _Host:
     def call(self, method: str, *args: Any) -> Any:
         return getattr(self._worker, method)(*args)
 
+    @ray.method(concurrency_group="beside")
+    def tell(self, method: str, *args: Any) -> None:
+        """Reaches the worker while it is in the middle of a call."""
+        getattr(self._worker, method)(*args)
+
 
 @dataclass(eq=False)
 class _Unit:
     key: Any
     args: tuple
     run: int  # which map it belongs to; results of an abandoned map are dropped
+    again: tuple = ()  # arguments to add once a worker has died with it
     deaths: int = 0
 
 
@@ -149,8 +155,21 @@ class WorkerPool:
                 self._submit(slot, method, refs)
         return self.version
 
-    def map(self, method: str, units: Iterable[tuple[Any, tuple]]) -> Generator[tuple[Any, Any], None, None]:
+    def tell(self, method: str, *values: Any) -> None:
+        """Call `method(*values)` on every worker that is up at once, even in the middle of a unit; no answer is waited
+        for. Workers that start later do not hear it: what they must know is `broadcast` as well."""
+        self._check_open()
+        refs = [v if isinstance(v, ray.ObjectRef) else ray.put(v) for v in values]
+        for slot in self._slots:
+            if slot.started:
+                slot.actor.tell.remote(method, *refs)
+
+    def map(
+        self, method: str, units: Iterable[tuple[Any, tuple]], again: tuple = ()
+    ) -> Generator[tuple[Any, Any], None, None]:
         """Run `method(*args)` for every (key, args) and yield (key, result) as they complete, each exactly once.
+
+        A unit that was with a worker as it died is run with the further arguments `again`.
 
         `units` may be lazy and endless: it is read only as workers become free. Closing the iterator abandons what is
         in flight; its results never reach a later map. What the worker's code raises is raised here as itself and is
@@ -175,9 +194,9 @@ class WorkerPool:
                         if item is None:
                             more = False
                             break
-                        unit = _Unit(item[0], tuple(item[1]), run)
+                        unit = _Unit(item[0], tuple(item[1]), run, tuple(again))
                         open_units += 1
-                    self._submit(slot, method, unit.args, unit)
+                    self._submit(slot, method, unit.args + (unit.again if unit.deaths else ()), unit)
                 while self._done:
                     open_units -= 1
                     yield self._done.popleft()
@@ -234,7 +253,8 @@ class WorkerPool:
             raise RuntimeError(f"pool {self.name!r} has been shut down")
 
     def _spawn(self, slot: _Slot) -> None:
-        actor: Any = ray.remote(_Host).options(**self._options).remote(f"{self.name}-{slot.index}")
+        host: Any = ray.remote(concurrency_groups={"beside": 1})(_Host)  # type: ignore[call-overload]
+        actor = host.options(**self._options).remote(f"{self.name}-{slot.index}")
         slot.actor, slot.started, slot.ready, slot.pid = actor, False, False, None
         slot.born = slot.head_since = time.monotonic()
         slot.calls.append(_Call(actor.start.remote(self._cls, self._args), "start"))

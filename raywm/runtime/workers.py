@@ -1,141 +1,137 @@
-"""The plain classes of a run as they live in Ray actors: what holds episodes, plays, fits and dreams."""
+"""The plain classes of a run as they live in Ray actors: what plays, fits and tells how far it is."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import sys
+import threading
+import time
+import zlib
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 
 from raywm.collect import Collector
-from raywm.data.episode import from_table, to_table
-from raywm.data.store import EpisodeStore
+from raywm.config import EnvConfig
+from raywm.seeding import derive
 
+if TYPE_CHECKING:  # it imports torch, which a collector of random actions can do without
+    from raywm.loops.parts import Played
 
-class StoreWorker:
-    """The run's episode store. Episodes wait here until the loop says which of them count; then they are written.
-
-    Every method may be repeated: a duplicate changes nothing, so calls lost with this actor are simply made again.
-    """
-
-    def __init__(self, path: str, columns: dict[str, Any], codec: Any):
-        self._arguments = path, columns, codec
-        self._store: EpisodeStore | None = None
-        self._staged: dict[str, pa.Table] = {}
-
-    @property
-    def store(self) -> EpisodeStore:
-        """Opened by the first call and not by the constructor, whose errors Ray would not pass on as themselves."""
-        if self._store is None:
-            path, columns, codec = self._arguments
-            self._store = EpisodeStore(Path(path), columns=columns, codec=codec)
-        return self._store
-
-    def stage(self, id: str, table: pa.Table) -> None:
-        """Hold an episode, by reference to the object store."""
-        self._staged[id] = table
-
-    def commit(self, ids: Sequence[str]) -> int:
-        """Write these episodes, in this order, up to the first that is nowhere; how many are in the store now."""
-        have = set(self.store.ids())
-        for count, id in enumerate(ids):
-            if id not in have and id not in self._staged:
-                return count
-            episode = self._staged.pop(id, None)
-            if id not in have:
-                self.store.add(episode)
-        return len(ids)
-
-    def kept(self, first: int, stream: str) -> list[tuple[int, int, float]]:
-        """See `raywm.loops.parts.stored`."""
-        from raywm.loops.parts import stored
-
-        return list(stored(self.store, first, stream))
-
-    def settle(self) -> None:
-        """Forget what is still held, and see what was written onto the disk."""
-        self._staged.clear()
-        self.store.seal()
-
-    def where(self) -> tuple[str, str]:
-        """Node and path, for readers that can map the segments themselves."""
-        return ray.get_runtime_context().get_node_id(), str(self.store.path)
-
-    def read(self, ids: Sequence[str]) -> list[pa.Table]:
-        """Episodes for a reader on another machine."""
-        return [to_table(episode) for episode in self.store.readable(ids)]
-
-    def close(self) -> None:
-        self.store.close()
+IN_FLIGHT = 2  # blocks on their way to the shard
 
 
 class CollectWorker:
-    """A collector that hands its episodes to the store and tells the driver only their numbers, steps and returns."""
+    """A collector that hands blocks of episodes to a shard and tells the driver only their numbers, steps and returns.
 
-    def __init__(self, env: Any, seed: int, envs: int, store: Any):
+    Args:
+        env: an EnvConfig; seed, envs: of the ``Collector``; shards: (node, actor) of each, the one on its own node is
+            used if there is one; stall_s: an environment call that takes longer takes this process down with it.
+    """
+
+    def __init__(self, env: EnvConfig, seed: int, envs: int, shards: Sequence[tuple[str, Any]], stall_s: float = 60.0):
         self.collector = Collector(env, seed, envs)
-        self.store = store
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self.common = {"collector": self.name, "env_config": env.model_dump(mode="json")}
+        self.shards, self.stall_s = [actor for _, actor in shards], stall_s
+        node = ray.get_runtime_context().get_node_id()
+        near = [actor for at, actor in shards if at == node] or self.shards
+        self.shard: Any = near[zlib.crc32(self.name.encode()) % len(near)]
         self.agent: Any = None
+        self._cancelled = -1
+        self._stream = ""
+        threading.Thread(target=self._watch, daemon=True, name="stall-watch").start()
 
     def set_agent(self, agent: Any) -> None:
+        """Who plays from now on; comes between two units of work."""
         self.agent = agent
         if "torch" in sys.modules:  # came with the agent
             sys.modules["torch"].set_num_threads(1)
 
-    def collect(self, numbers: Sequence[int], stream: str) -> list[tuple[int, int, float]]:
-        """Play and stage episodes; returns when the store holds them all."""
-        out, held = [], []
-        for episode in self.collector.collect(self.agent, numbers, stream):
-            held.append(self.store.stage.remote(episode.id, to_table(episode)))
-            ret = float(episode.reward.sum(dtype=np.float64))
-            out.append((int(episode.info["number"]), len(episode) - 1, ret))
-        ray.get(held)
+    def offer(self, agent: Any) -> None:
+        """A newer version of the agent, taken up by episodes that begin; may come at any time."""
+        self.collector.offer(agent)
+        self.agent = agent
+
+    def cancel(self, run: int) -> None:
+        """What is under way for `run`, or one before it, is not wanted any more; may come at any time."""
+        self._cancelled = max(self._cancelled, run)
+
+    def collect(self, numbers: Sequence[int], stream: str, run: int = 0, again: bool = False) -> list[Played]:
+        """Play and store episodes; returns when the shard has acknowledged them all. `again`: after a death."""
+        out: list[Played] = []
+        if again:
+            for listed in ray.get([shard.which.remote(stream, list(numbers)) for shard in self.shards]):
+                out += listed
+            done = {n for n, *_ in out}
+            numbers, out = [n for n in numbers if n not in done], list({p[0]: p for p in out}.values())
+        flying: list[Any] = []
+        self._stream = stream
+        blocks: Any = self.collector.blocks(self.agent, numbers, stream, common=self.common)
+        for block, played in blocks:
+            flying.append(self.shard.add.remote(block))
+            out += [(p.number, 0, float("nan")) if p.broken else (p.number, p.steps, p.ret) for p in played]
+            while len(flying) > IN_FLIGHT:
+                ready, flying = ray.wait(flying)
+                ray.get(ready)
+            if run <= self._cancelled:
+                blocks.close()
+                break
+        ray.get(flying)
+        self._stream = ""
         return out
 
-    def play(self, numbers: Sequence[int], stream: str) -> list[tuple[int, int, float]]:
+    def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them."""
         return [(p.number, p.steps, p.ret) for p in self.collector.play(self.agent, numbers, stream)]
 
-    def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> list[tuple[int, int, float]]:
+    def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes with one controller's parameters (D,)."""
         self.agent.theta = theta
         return self.play(numbers, stream)
 
+    def _watch(self) -> None:
+        """An environment that hangs cannot be interrupted: mark its episode, and end this process."""
+        while True:
+            time.sleep(min(1.0, self.stall_s / 4))
+            stalled = self.collector.stalled()
+            if stalled is not None and stalled[1] > self.stall_s:
+                number, seconds = stalled
+                reason = f"stalled: a step or reset of the environment took more than {self.stall_s:g} s"
+                if self._stream:  # an episode that is to be kept
+                    seed = derive(self.collector.seed, self._stream, "env", number)
+                    info = {"number": number, "seed": seed, "env": self.collector.id, "broken": reason}
+                    with contextlib.suppress(Exception):
+                        ray.get(self.shard.mark.remote(f"{self._stream}-{number:09d}", info), timeout=60)
+                os._exit(1)
+
 
 class FitActor:
-    """A `FitWorker` that reads its episodes from the store: by mapping its segments where it can."""
+    """A `FitWorker` that reads its episodes from the shards: by mapping their segments where it can."""
 
-    def __init__(self, spec: dict[str, Any], seed: int, fit: dict[str, Any], store: Any, board: Any):
+    def __init__(self, spec: dict[str, Any], seed: int, fit: dict[str, Any], shards: Sequence[Any], board: Any):
         from raywm.loops.parts import FitWorker
 
-        self.worker, self.store, self.board, self.codec = FitWorker(spec, seed, fit), store, board, spec["codec"]
+        self.worker, self.shards, self.board, self.codec = FitWorker(spec, seed, fit), shards, board, spec["codec"]
 
     def load(self, weights: dict[str, Any], optimisers: dict[str, Any]) -> None:
         self.worker.load(weights, optimisers)
 
     def fit(self, ids: Sequence[str], iteration: int) -> dict[str, Any]:
         from raywm.loops.parts import whole
+        from raywm.runtime.shards import read
 
-        node, path = ray.get(self.store.where.remote())
-        local = None
-        if node == ray.get_runtime_context().get_node_id():
-            local = EpisodeStore(Path(path), codec=self.codec, read_only=True)
-            episodes = local.readable(ids)
-        else:
-            episodes = []
-            for at in range(0, len(ids), 16):
-                tables = ray.get(self.store.read.remote(ids[at : at + 16]))
-                episodes += [from_table(t) for t in tables]
+        episodes, opened = read(self.shards, ids, self.codec)
         try:
             return self.worker.fit(whole(episodes, ids, self.codec), iteration, self._report)
         finally:
             del episodes
-            if local is not None:
-                local.close()
+            for store in opened:
+                store.close()
 
     def _report(self, **progress: Any) -> None:
         self.board.put.remote(progress)

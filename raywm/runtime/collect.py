@@ -1,0 +1,200 @@
+"""`raywm collect`: a dataset directory or URI, opened, filled and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from raywm.agent import Agent, load_agent
+from raywm.config import RunConfig
+from raywm.data.dataset import CARD, read_card, write_card
+from raywm.data.mirror import Mirror
+from raywm.envs import make_env
+from raywm.log import Console
+from raywm.loops.dataset import STREAM, Collection
+from raywm.loops.executor import LocalRollouts
+from raywm.loops.parts import first_agent
+from raywm.spaces import ActionCodec, columns_to_json
+
+FIXED = ("env", "spaces", "policy", "seed", "envs")  # of the card: what decides the episodes
+
+
+def collect_dataset(
+    config: RunConfig,
+    out: str,
+    *,
+    episodes: int | None = None,
+    steps: int | None = None,
+    policy: str | None = None,
+    resume: bool = False,
+    in_process: bool = False,
+    made_with: str = "",
+    fixes: list[str] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Collect episodes into the directory or URI `out`; what is there in the end (see `Collection.run`).
+
+    Args:
+        config: its env, seed, collect and replay sections count.
+        episodes, steps: how much there shall be in all; neither: 100 episodes.
+        policy: "random", "sticky", "mixed", a run's directory or "module:AgentClass"; None: `config.collect.policy`.
+        made_with: the command, for the card; fixes: gets what to do about errors once something may be kept.
+        resume: go on in a dataset that is there; it must be of the same environment, seed and policy.
+    Raises ValueError for what does not fit together, before anything is written.
+    """
+    console = console or Console(config.log.console)
+    if episodes is not None and steps is not None:
+        raise ValueError(f"got --episodes {episodes} and --steps {steps}, expected one of them")
+    if episodes is None and steps is None:
+        episodes = 100
+    env = make_env(config.env)
+    try:
+        columns, codec = dict(env.observation_space.spaces), ActionCodec(env.action_space)  # type: ignore[attr-defined]
+    finally:
+        env.close()
+    agent, name, config = _agent(policy, config, columns, codec)
+    place = _Place(out)
+    card = {
+        **{"env": config.env.model_dump(mode="json"), "policy": name, "seed": config.seed},
+        **{"stream": STREAM, "envs": config.collect.envs, "made_with": made_with},
+    }
+    spaces = {"action": codec.to_json(), "columns": columns_to_json(columns)}
+    place.open({**card, "spaces": spaces}, resume)
+    if place.uri is not None:
+        config = config.model_copy(update={"replay": config.replay.model_copy(update={"storage": place.uri})})
+    with _rollouts(config, place.directory, columns, codec, in_process, console) as rollouts:
+        place.write(columns, codec, card)
+        if fixes is not None:
+            fixes.append("what is collected is kept: mend it, and go on with --resume")
+        console.say(f"{out}: {config.env.id}, {name}, seed {config.seed}")
+        result = Collection(rollouts, agent, episodes=episodes, steps=steps, console=console).run()
+    place.finish()
+    return {"dataset": out, "env_id": config.env.id, "policy": name, **result}
+
+
+def _agent(
+    policy: str | None, config: RunConfig, columns: dict[str, Any], codec: ActionCodec
+) -> tuple[Agent, str, RunConfig]:
+    """Who plays, how the card calls them, and the config that says so."""
+    policy = policy or config.collect.policy
+    if policy in ("random", "sticky", "mixed"):
+        config = config.model_copy(update={"collect": config.collect.model_copy(update={"policy": policy})})
+        name = policy if policy == "random" else f"{policy}, hold {config.collect.hold}"
+        return first_agent(config.collect, codec), name, config
+    if Path(policy).is_dir():
+        live = load_agent(policy)
+        theirs = columns_to_json(live.columns), live.codec.to_json()
+        if theirs != (columns_to_json(columns), codec.to_json()):
+            raise ValueError(
+                f"--policy {policy} acts on {theirs[0]} with {theirs[1]}, but {config.env.id} gives "
+                f"{columns_to_json(columns)} and takes {codec.to_json()}; collect with its config.yaml as FILE"
+            )
+        return live.agent, f"{policy} version {live.agent.version}", config
+    module, colon, cls = policy.partition(":")
+    if not colon:
+        raise ValueError(
+            f"--policy {policy!r}: expected random, sticky, mixed, the directory of a run, or module:AgentClass"
+        )
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--policy {policy!r}: {error}; put its directory on PYTHONPATH") from error
+    if not (isinstance(found, type) and issubclass(found, Agent)):
+        raise ValueError(f"--policy {policy!r} is {found!r}, expected a subclass of raywm.agent.Agent")
+    return found(codec), policy, config  # type: ignore[call-arg]
+
+
+class _Place:
+    """Where a dataset is: a directory; or a URI, with a directory that work is done in."""
+
+    def __init__(self, out: str):
+        files = pafs.FileSystem.from_uri(out)[0] if "://" in out else None
+        self.out = out
+        self.uri: str | None = None if files is None or isinstance(files, pafs.LocalFileSystem) else out.rstrip("/")
+        if self.uri is not None:
+            cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+            self.directory = cache / "raywm" / "collect" / hashlib.sha1(self.uri.encode()).hexdigest()[:16]
+        else:
+            self.directory = Path(pafs.FileSystem.from_uri(out)[1] if files is not None else out)
+
+    def open(self, card: dict[str, Any], resume: bool) -> None:
+        """Hold what is there against what is to come."""
+        old = self._card()
+        if old is None:
+            if self.uri is None and self.directory.exists():
+                if not self.directory.is_dir():
+                    raise ValueError(f"--out {self.out} is a file, expected a directory")
+                if any(not path.name.startswith(".") for path in self.directory.iterdir()):
+                    raise ValueError(f"--out {self.out} is not empty and holds no dataset (no {CARD}); give another")
+            return
+        if not resume:
+            raise ValueError(f"{self.out} already holds a dataset; add to it with --resume, or give another --out")
+        for key in FIXED:
+            if old.get(key) != card[key]:
+                raise ValueError(
+                    f"{self.out} was collected with {key} {old.get(key)}, got {card[key]}; restore it, or give another "
+                    "--out"
+                )
+
+    def _card(self) -> dict[str, Any] | None:
+        if self.uri is None:
+            return read_card(self.directory)
+        mirror = Mirror(self.uri)
+        if mirror.files.get_file_info(f"{mirror.path}/{CARD}").type == pafs.FileType.NotFound:
+            return None
+        with mirror.files.open_input_stream(f"{mirror.path}/{CARD}") as file:
+            card: dict[str, Any] = json.loads(file.read())
+            return card
+
+    def write(self, columns: dict[str, Any], codec: ActionCodec, card: dict[str, Any]) -> None:
+        """The card, before the first episode."""
+        if self._card() is not None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_card(self.directory, columns, codec, **card)
+        if self.uri is not None:
+            mirror = Mirror(self.uri)
+            mirror.files.create_dir(mirror.path, recursive=True)
+            with mirror.files.open_output_stream(f"{mirror.path}/{CARD}") as file:
+                file.write((self.directory / CARD).read_bytes())
+
+    def finish(self) -> None:
+        """Everything is where it belongs."""
+        if self.uri is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _rollouts(
+    config: RunConfig, directory: Path, columns: Any, codec: Any, in_process: bool, console: Console
+) -> Iterator[Any]:
+    sections = config.env, config.collect, config.replay, config.seed, directory, columns, codec
+    if in_process:
+        with contextlib.closing(LocalRollouts(*sections)) as rollouts:
+            yield rollouts
+        return
+    import ray
+
+    from raywm.runtime.cluster import connect
+    from raywm.runtime.rollouts import Rollouts
+
+    started = not ray.is_initialized()
+    modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
+    connect(config.address, config.collect.workers, modules=modules, say=console.say)
+    try:
+        with contextlib.closing(
+            Rollouts(*sections, say=console.say, on_death=lambda pool, reason: console.say(f"{pool}: {reason}"))
+        ) as rollouts:
+            yield rollouts
+    finally:
+        if started:
+            ray.shutdown()

@@ -1,0 +1,190 @@
+"""Collectors and the shards that they fill: real experience, which never passes through the driver."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+
+from raywm.config import CollectConfig, EnvConfig, ReplayConfig
+from raywm.loops.parts import Played
+from raywm.runtime.pool import WorkerPool
+from raywm.runtime.shards import Shards, place
+from raywm.runtime.workers import CollectWorker
+
+UNIT_S = 1.0  # what one order to a collector should take: the driver's share of the work falls with it
+UNIT_MOST = 4096  # episodes
+
+
+class Rollouts:
+    """A pool of collectors, and the shards of the run's replay.
+
+    Args:
+        env, collect, replay: sections of the config; seed: the run's; directory: of its episodes.
+        columns, codec: of the environment; say, on_death: as in ``WorkerPool``.
+    """
+
+    def __init__(
+        self,
+        env: EnvConfig,
+        collect: CollectConfig,
+        replay: ReplayConfig,
+        seed: int,
+        directory: Path,
+        columns: dict[str, Any],
+        codec: Any,
+        *,
+        say: Callable[[str], None] = print,
+        on_death: Callable[[str, str], None] | None = None,
+    ):
+        self.config = collect
+        mb, directory = 2**20, Path(directory).resolve()
+        self.shards = Shards(
+            directory,
+            columns,
+            codec,
+            place(directory, replay.shards == "nodes"),
+            storage=replay.storage,
+            segment_bytes=int(replay.segment_mb * mb),
+            capacity_bytes=None if replay.capacity_mb is None else int(replay.capacity_mb * mb),
+            seal_s=replay.seal_s,
+        )
+        self._worker = env, seed, collect.envs, self.shards.places(), collect.stall_s
+        self._say, self._on_death = say, on_death
+        self._pool: WorkerPool | None = None
+        self._run = 0
+        self._pace = 0.0  # episodes a second of one collector
+
+    @property
+    def pool(self) -> WorkerPool:
+        """The collectors; they start when they are first needed."""
+        if self._pool is None:
+            self._pool = WorkerPool(
+                CollectWorker,
+                self._worker,
+                self.config.workers,
+                # SPREAD: their cores are what is asked for, on as many nodes as have any
+                options={"num_cpus": 1, "scheduling_strategy": "SPREAD"},
+                name="collect",
+                timeout_s=self.config.timeout_s,
+                on_death=self._on_death,
+                say=self._say,
+            )
+        return self._pool
+
+    @property
+    def deaths(self) -> int:
+        """Collectors that died and were replaced."""
+        return self._pool.deaths if self._pool else 0
+
+    def pids(self) -> list[int]:
+        """Process ids of the collectors that are up."""
+        return self._pool.pids() if self._pool else []
+
+    def set_agent(self, agent: Any) -> None:
+        """The agent that plays from now on, sent once for all collectors."""
+        self.pool.broadcast("set_agent", agent)
+
+    def offer(self, agent: Any) -> None:
+        """A newer version of it, sent once and taken up by episodes as they begin."""
+        ref = ray.put(agent)
+        self.pool.tell("offer", ref)
+        self.pool.broadcast("set_agent", ref)
+
+    def collect(self, numbers: Iterable[int], stream: str, left: Callable[[], float] | None = None) -> Iterator[Played]:
+        """Play and store episodes; yields (number, steps, return) in the order of their ends, 0 steps for broken ones.
+
+        What is yielded is acknowledged: some shard has it. Episodes that a shard has are not played again, broken ones
+        are.
+        `left`, where given, says how many episodes are about still wanted of endless `numbers`.
+        """
+        self._run += 1
+        run, numbers = self._run, iter(numbers)
+        number = next(numbers, None)
+        have = {} if number is None else self.shards.stored(stream, number)
+        have = {n: played for n, played in have.items() if played[1]}  # what broke last time may go well now
+        while number is not None and number in have:
+            yield have[number]
+            number = next(numbers, None)
+        if number is None:
+            return
+        fresh = itertools.chain([number], numbers)
+        found: list[Played] = []
+        began: dict[int, tuple[float, int]] = {}
+
+        def units() -> Iterator[tuple[Any, tuple]]:
+            while True:
+                size = self._size(None if left is None else left() - sum(count for _, count in began.values()))
+                unit: list[int] = []
+                for number in fresh:
+                    if number in have:
+                        found.append(have[number])
+                    else:
+                        unit.append(number)
+                    if len(unit) == size:
+                        break
+                if not unit:
+                    return
+                began[unit[0]] = time.monotonic(), len(unit)
+                yield unit[0], (unit, stream, run)
+
+        results = self.pool.map("collect", units(), again=(True,))
+        try:
+            for key, played in results:
+                self._measure(*began.pop(key))
+                yield from found
+                found.clear()
+                yield from played
+            yield from found
+        finally:
+            results.close()
+            self.pool.tell("cancel", run)
+
+    def _size(self, left: float | None) -> int:
+        """Episodes of the next unit: about a second of one collector's work, less where little is left."""
+        size = min(round(self._pace * UNIT_S), UNIT_MOST)
+        if left is not None and math.isfinite(left):
+            size = min(size, round(left / (2 * self.config.workers)))
+        return max(size, self.config.envs if left is None else 1)
+
+    def _measure(self, since: float, episodes: int) -> None:
+        """From order to answer, of which up to two are with a collector at once."""
+        pace = episodes / max(time.monotonic() - since, 1e-3)
+        self._pace = min(pace, 4 * max(self._pace, self.config.envs))
+
+    def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
+        """Play episodes without keeping them, in order of their numbers."""
+        size = max(1, min(self.config.envs, -(-len(numbers) // self.config.workers)))
+        chunks = [list(numbers[at : at + size]) for at in range(0, len(numbers), size)]
+        return sorted(p for _, played in self.pool.map("play", ((c[0], (c, stream)) for c in chunks)) for p in played)
+
+    def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> tuple[np.ndarray, int]:
+        """Mean real returns (P,) of controllers (P, D), each playing the same episodes; and the steps it took."""
+        work = ((i, (t, list(numbers), stream)) for i, t in enumerate(theta))
+        played = dict(self.pool.map("real_fitness", work))
+        means = [float(np.mean([p[2] for p in sorted(played[i])])) for i in range(len(theta))]
+        return np.array(means), sum(p[1] for each in played.values() for p in each)
+
+    def settle(self) -> None:
+        """See what was written onto the disks, and to the storage."""
+        self.shards.settle()
+
+    def stored(self, stream: str, first: int) -> dict[int, Played]:
+        """Episodes of a stream that some shard holds, from number `first` on, by their numbers."""
+        return self.shards.stored(stream, first)
+
+    def verify(self) -> list[dict[str, Any]]:
+        """Hold every byte of every shard against its CRC; see `EpisodeStore.verify`."""
+        return self.shards.ask("verify")
+
+    def close(self) -> None:
+        """End the collectors, then seal, upload and end the shards."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.shards.close()

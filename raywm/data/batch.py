@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 NAMES = ("action", "reward", "is_first", "is_last", "is_terminal", "mask", "weight")
 
 
@@ -61,14 +60,16 @@ def blank(B: int, T: int, obs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
         # numpy asks for huge pages, which torch does not: 5% of the time to fill a batch of images
         return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
-    flags = {n: empty(B, T, dtype=torch.bool) for n in ("is_first", "is_last", "is_terminal", "mask")}
     return Batch(
         obs={name: empty(B, T, *shape, dtype=dtype) for name, (shape, dtype) in obs.items()},
         action=empty(B, T, A, dtype=torch.float32),
         reward=empty(B, T, dtype=torch.float32),
+        is_first=empty(B, T, dtype=torch.bool),
+        is_last=empty(B, T, dtype=torch.bool),
+        is_terminal=empty(B, T, dtype=torch.bool),
+        mask=empty(B, T, dtype=torch.bool),
         weight=empty(B, dtype=torch.float32).fill_(1),
         ids=[""] * B,
-        **flags,
     )
 
 

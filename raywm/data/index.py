@@ -143,7 +143,7 @@ class Index:
     # methods of arrays rather than functions of numpy, and ``random`` rather than ``integers``, are a third of it.)
 
     def draw_rows(self, ages: Callable[[int, int], np.ndarray], B: int) -> tuple[np.ndarray, np.ndarray]:
-        """(slot, row) of B rows: ages(n, N) gives n integers in [0, N), 0 being the newest of the N that are indexed."""
+        """(slot, row) of B rows: ages(n, N) gives n integers in [0, N), 0 being the newest of N indexed rows."""
 
         def draw(n: int) -> tuple[np.ndarray, np.ndarray]:
             place = self._end - 1 - ages(n, self._end - self._base)

@@ -53,7 +53,7 @@ class Prefetch:
         self._thread.start()
 
     def next(self) -> Batch:
-        """The next batch. Raises what the source raised, once what came before that is used up; ValueError if closed."""
+        """The next batch. Raises what the source raised, after what came before that; ValueError when closed."""
         began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._error or self._closed)

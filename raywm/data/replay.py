@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +87,9 @@ class Replay:
     ):
         if mode not in MODES:
             near = difflib.get_close_matches(str(mode), MODES, 1)
-            raise ValueError(f"mode {mode!r}, expected one of {MODES}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(
+                f"mode {mode!r}, expected one of {MODES}" + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         if (half_life is not None) != (mode == "recent") or (half_life is not None and not half_life > 0):
             raise ValueError(f"half_life={half_life} with mode {mode!r}; expected rows > 0 with 'recent', else none")
         for name, value in {"held_out": held_out, "ends": ends, "alpha": alpha, "beta": beta}.items():
@@ -173,13 +176,13 @@ class Replay:
         self._backlog = []
         self.store.watch(self)
         backlog, self._backlog = self._backlog, None
-        # An episode is past if it had completed by the mark: the mark's tail is a run of completions, of which some
-        # may be gone. What completes between two of them otherwise is a damaged one of them, collected again later.
-        done, tail = [id for id, _, last in backlog if last], set(until["tail"])
-        stop = first = next((i for i, id in enumerate(done) if id in tail), 0)
-        while stop < len(done) and done[stop] in tail:
-            stop += 1
-        past = set(done[:stop]) if stop > first else set()
+        past = _past([id for id, _, last in backlog if last], until["tail"])
+        if until["tail"] and backlog and not past:
+            warnings.warn(
+                f"none of the last {len(until['tail'])} episodes before the checkpoint can be placed among what is stored "
+                "(lost, or evicted since): all of it counts as later, and is sampled only after Replay.release()",
+                stacklevel=4,
+            )
         rows_by: dict[str, int] = {}
         for id, rows, last in backlog:
             rows_by[id] = rows_by.get(id, 0) + rows
@@ -247,7 +250,9 @@ class Replay:
             if len(parts) == len(spans):
                 break
         if out is None:
-            like = {n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in parts[0][0][0].items() if n.startswith(OBS)}
+            like = {
+                n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in parts[0][0][0].items() if n.startswith(OBS)
+            }
             out = blank(B, T, like, self.codec.dim)
         if out.action.shape != (B, T, self.codec.dim):
             raise ValueError(f"out.action is {tuple(out.action.shape)}, expected {(B, T, self.codec.dim)}")
@@ -276,11 +281,13 @@ class Replay:
             slots = np.concatenate([ends, slots])
             rows = np.concatenate([side.episodes["rows"][ends] - 1 - back, rows])
         spans = []
-        for b, (slot, row, whole) in enumerate(zip(slots.tolist(), rows.tolist(), side.episodes["rows"][slots].tolist())):
-            if self.cross and row + T > whole:
+        for b, (slot, row, whole) in enumerate(
+            zip(slots.tolist(), rows.tolist(), side.episodes["rows"][slots].tolist())
+        ):
+            if self.cross and max(row, 0) + T > whole:
                 spans += self._crossing(side, slot, max(row, 0), T, b * T)
                 continue
-            row = max(min(row, whole - T), 0)
+            row = max(min(row, whole - T), 0)  # moved until it fits
             n = min(T, whole - row)
             ended = row + n == whole and bool(side.episodes["complete"][slot])
             spans.append(Span(side.ids[slot], row, n, b * T, ended, False))
@@ -311,7 +318,8 @@ class Replay:
             # the inverse of 1 - exp(-rate * age), the share of the weight that is newer, cut at the oldest row
             rate = np.log(2) / self.half_life
             slot, row = side.draw_rows(
-                lambda n, N: np.minimum(-np.log1p(rng.random(n) * np.expm1(-rate * N)) / rate, N - 1).astype(np.int64), n
+                lambda n, N: np.minimum(-np.log1p(rng.random(n) * np.expm1(-rate * N)) / rate, N - 1).astype(np.int64),
+                n,
             )
         else:
             slot, row = side.draw_rows(lambda n, N: (rng.random(n) * N).astype(np.int64), n)
@@ -322,9 +330,7 @@ class Replay:
         assert self._tree is not None
         return self._train.oldest + (leaves - self._train.oldest) % self._tree.size
 
-    def _weighed(
-        self, leaves: np.ndarray, firsts: list[int], density: float | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _weighed(self, leaves: np.ndarray, firsts: list[int], density: float | None) -> tuple[np.ndarray, np.ndarray]:
         """Keys and importance weights: of the windows with ends, whose first rows' keys are `firsts`, then the others."""
         assert self._tree is not None
         weight = np.ones(len(firsts) + len(leaves))
@@ -431,6 +437,18 @@ def _pieces(
             at, row, n = at + m, 0, n - m
             if not n:
                 break
+
+
+def _past(completed: list[str], tail: Sequence[str]) -> set[str]:
+    """The episodes that had completed by a mark, of all in the order of completion; `tail`: the last that had.
+
+    The tail is a run of completions, of which some may be gone. One of it that lies apart was damaged and has been
+    collected again since. Eviction goes by age: where the tail's beginning is gone, so is all that came before it.
+    """
+    known = set(tail)
+    first = next((i for i, id in enumerate(completed) if id in known), len(completed))
+    stop = next((i for i in range(first, len(completed)) if completed[i] not in known), len(completed))
+    return set(completed[:stop]) if stop > first and (first == 0 or 2 * (stop - first) >= len(known)) else set()
 
 
 _TORCH = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32}

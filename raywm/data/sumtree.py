@@ -19,9 +19,10 @@ class SumTree:
             raise ValueError(f"a tree of {size} leaves, expected at least 1")
         self.size = size
         width = -(-size // FAN)
-        self._levels = [np.zeros((width, FAN), np.float32)]  # level 0: the leaves; a row holds one node's children
+        # level 0: the leaves; a row holds the children of one node of the level above
+        self._levels: list[np.ndarray] = [np.zeros((width, FAN), np.float32)]
         while width > 1:
-            nodes, width = width, -(-width // FAN)
+            width = -(-width // FAN)
             self._levels.append(np.zeros((width, FAN)))
         self._leaves = self._levels[0].reshape(-1)
 

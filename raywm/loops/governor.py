@@ -125,7 +125,7 @@ class TrainRatio:
     # Telling
 
     def state(self) -> dict[str, Any]:
-        """For metrics: counts, the ratio since the warm-up and the one set, threads and seconds waiting on each side."""
+        """For metrics: counts, the ratio got (after the warm-up) and set, threads and seconds waiting on each side."""
         with self._changed:
             collected, replayed = self._since
             steps = self._collected - collected
@@ -153,7 +153,7 @@ class TrainRatio:
             }
 
     def load(self, saved: dict[str, float]) -> None:
-        """Go on from ``save``'s numbers. Under another ratio than theirs, what was done is done: counting begins here."""
+        """Go on from ``save``'s numbers. Under another ratio than theirs, what was done counts as even."""
         with self._changed:
             self._collected, self._replayed = int(saved["collected"]), int(saved["replayed"])
             self._since = (int(saved["since_collected"]), int(saved["since_replayed"]))

@@ -59,7 +59,7 @@ def test_the_ratio_is_held_whichever_side_is_slow(collect_s, replay_s, ratio, un
 
 
 def test_bursts_of_several_collectors_and_a_long_warm_up():
-    """Four collectors in units of 512, a warm-up of 20,000 steps: within 2% once 50 times slack + units are collected."""
+    """Four collectors in units of 512 and a warm-up of 20,000 steps: within 2% after 50 times slack and units."""
     warmup, after = 20_000, 50 * (1024 + 4 * 512)
     governor = run(64.0, 1024, warmup, 512, 16 * 64, warmup + after, 4, 1e-4, 0.0)
     state = governor.state()
@@ -76,8 +76,7 @@ def test_nothing_is_replayed_in_the_warm_up():
     assert governor.may_replay(16) and not governor.may_replay(17)
     assert governor.state()["ratio"] == 0 and TrainRatio(1.0).state()["ratio"] == 0
     governor.collected(2)
-    governor.may_replay(1)
-    assert governor.may_collect() is (20 < 20 or governor._batch > 20)
+    assert not governor.may_collect()  # 10 steps ahead
     governor.replayed(1)
     assert governor.may_collect()
 

@@ -179,8 +179,8 @@ class Replay:
         past = _past([id for id, _, last in backlog if last], until["tail"])
         if until["tail"] and backlog and not past:
             warnings.warn(
-                f"none of the last {len(until['tail'])} episodes before the checkpoint can be placed among what is stored "
-                "(lost, or evicted since): all of it counts as later, and is sampled only after Replay.release()",
+                f"none of the last {len(until['tail'])} episodes before the checkpoint can be placed among "
+                "what is stored (lost, or evicted since): all of it counts as later; Replay.release() lets it be sampled",
                 stacklevel=4,
             )
         rows_by: dict[str, int] = {}
@@ -296,9 +296,9 @@ class Replay:
         firsts = [side.key(side.slots[span.id], span.row) for span in spans if span.at % T == 0][: len(ends)]
         return spans, *self._weighed(leaves, firsts, density)
 
-    def _crossing(self, side: Index, slot: int, row: int, T: int, at: int) -> list[Span]:
+    def _crossing(self, side: Index, first: int, start: int, T: int, at: int) -> list[Span]:
         spans, stop = [], at + T
-        for slot, row, n in side.spans(slot, row, T):
+        for slot, row, n in side.spans(first, start, T):
             ended = row + n == side.episodes["rows"][slot] and bool(side.episodes["complete"][slot])
             spans.append(Span(side.ids[slot], row, n, at, ended, not ended and at + n < stop))
             at += n
@@ -326,12 +326,12 @@ class Replay:
         return slot, row if self.cross else row - T // 2, None
 
     def _keys(self, leaves: np.ndarray) -> np.ndarray:
-        """The rows that share their place in the tree with none that is here."""
+        """The keys of the rows that have these leaves: of all that share one, the only one that may be here."""
         assert self._tree is not None
         return self._train.oldest + (leaves - self._train.oldest) % self._tree.size
 
     def _weighed(self, leaves: np.ndarray, firsts: list[int], density: float | None) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and importance weights: of the windows with ends, whose first rows' keys are `firsts`, then the others."""
+        """Keys and importance weights: of windows with ends (`firsts`: their first rows' keys), then of the others."""
         assert self._tree is not None
         weight = np.ones(len(firsts) + len(leaves))
         # N p = N * priority / total
@@ -380,8 +380,8 @@ class Replay:
             action[place] = columns["action"][source]
             reward[place] = columns["reward"][source]
         self.codec.encode(action, out=to["action"])  # (B*T,*shape) -> (B*T,A)
-        for place in zero:
-            to["action"][place] = 0
+        for where in zero:
+            to["action"][where] = 0
         for name, column in images.items():  # last: they drive all else out of the caches
             for columns, source, place in pieces:
                 column[place] = columns[name][source]
@@ -392,8 +392,8 @@ class Replay:
     def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Give the sequences of a batch (``Batch.keys``) their priorities (N,): |TD error| or the model's loss.
 
-        Keys of other shards and of rows that are no longer here are passed over. Raises ValueError for a priority that is negative or not
-        finite, and where the mode is not "prioritized".
+        Keys of other shards and of rows that are no longer here are passed over. Raises ValueError for a priority that
+        is negative or not finite, and where the mode is not "prioritized".
         """
         if self._tree is None:
             raise ValueError(f"mode is {self.mode!r}, which has no priorities; Replay(..., mode='prioritized') has")

@@ -16,8 +16,6 @@ from raywm.collect import Collector
 from raywm.data.episode import from_block, table_meta, validate
 from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
-from raywm.runtime.pool import WorkerPool
-from raywm.runtime.workers import CollectWorker, StoreWorker
 from raywm.seeding import derive
 from raywm.spaces import ActionCodec
 
@@ -476,42 +474,6 @@ def test_live_agent():
     live.reset()
     with pytest.raises(ValueError, match=r"reset\(N\)"):
         live.act(np.zeros((3, 4)))
-
-
-def test_ray_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp_path):
-    fault = {"fault": "kill", "at": 7, "once": str(tmp_path / "killed")}
-    env = {"id": "raywm/Faulty-v0", "kwargs": fault}
-    here = Collector({**env, "kwargs": {"fault": None}}, seed=5, envs=4)
-    agent = RandomAgent(here.codec)
-    expected = {e.id: e for e in here.collect(agent, range(24))}
-    path = str(tmp_path / "store")
-    store = ray_session.remote(StoreWorker).options(num_cpus=0).remote(path, here.columns, here.codec)
-    units = [(k, (range(k, k + 4), "collect")) for k in range(0, 24, 4)]
-    with WorkerPool(CollectWorker, (env, 5, 4, store), 2, options={"num_cpus": 0.5}, name="collectors") as pool:
-        pool.broadcast("set_agent", agent)
-        reported = [entry for _, entries in pool.map("collect", units) for entry in entries]
-        assert pool.deaths == 1
-        played = [p for _, ps in pool.map("play", [(0, ([3, 1], "collect"))]) for p in ps]
-    assert sorted(reported) == [(n, 20, 20.0) for n in range(24)]
-    assert played == [(3, 20, 20.0), (1, 20, 20.0)]
-    ids = sorted(expected)
-    assert ray_session.get(store.commit.remote([*ids, "collect-000000099"])) == len(ids)
-    assert ray_session.get(store.commit.remote(ids)) == len(ids)
-    ray_session.get(store.close.remote())
-    ray_session.kill(store)
-    with EpisodeStore(path, read_only=True) as kept:
-        assert sorted(kept.ids()) == ids
-        for id in ids:
-            same(kept.get(id), expected[id])
-
-
-def test_an_environments_error_reaches_the_driver_as_itself(ray_session):
-    env = {"id": "raywm/Faulty-v0", "kwargs": {"fault": "nan_obs", "at": 3}}
-    with WorkerPool(CollectWorker, (env, 0, 2, None), 1, options={"num_cpus": 0.5}, name="collectors") as pool:
-        pool.broadcast("set_agent", RandomAgent(ActionCodec(gym.spaces.Discrete(2))))
-        with pytest.raises(ValueError, match="episode 0, step 3") as caught:
-            list(pool.map("play", [(0, ([0], "collect"))]))
-        assert type(caught.value) is ValueError
 
 
 def test_collecting_at_random_needs_no_torch():

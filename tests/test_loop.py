@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from raywm import config as configs
 from raywm.data.batch import Batch
 from raywm.data.snapshot import Snapshot
 from raywm.data.store import EpisodeStore
-from raywm.envs.classic import BifurcationEnv, LinearWorldEnv, bifurcation_episodes, check_counting
+from raywm.envs.classic import BifurcationEnv, FaultyEnv, LinearWorldEnv, bifurcation_episodes, check_counting
 from raywm.evaluate import encoded_actions
 from raywm.fit import Trainer
 from raywm.log import RunLog
@@ -370,31 +369,30 @@ def test_a_budget_without_room_for_a_trial_still_gives_what_was_trained(tmp_path
 # ------------------------------------------------------------------------------------------------ broken environments
 
 
-class Breaking(InProcess):
-    """Lets raywm/Faulty-v0 fail once the first episode has come in."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        collect = self.rollouts.collect
-
-        def breaking(*args):
-            for played in collect(*args):
-                yield played
-                Path(self.config.env.kwargs["once"].replace("{seed}", "0")).unlink(missing_ok=True)
-
-        self.rollouts.collect = breaking
-
-
 @pytest.mark.parametrize("fault", ["raise", "nan_reward", "nan_obs"])
-def test_a_broken_environment_ends_the_run_and_nothing_else(fault, tmp_path):
+def test_a_broken_environment_ends_the_run_and_nothing_else(fault, tmp_path, monkeypatch):
     once = tmp_path / "once"
     once.touch()  # it has "failed" already, and works
-    env = {"id": "raywm/Faulty-v0", "kwargs": {"fault": fault, "once": str(once)}}
-    config = tiny(iterations=1, env=env)
+    config = tiny(iterations=1, env={"id": "raywm/Faulty-v0", "kwargs": {"fault": fault, "once": str(once)}})
     out = tmp_path / "run"
+
+    def breaking(config, out):
+        """Lets raywm/Faulty-v0 fail for good once the first episode has come in."""
+        work = InProcess(config, out)
+        collect = work.rollouts.collect
+
+        def doomed(*args):
+            for played in collect(*args):
+                yield played
+                monkeypatch.setattr(FaultyEnv, "_strikes", lambda env: env.t == env.at)
+
+        work.rollouts.collect = doomed
+        return work
+
     with pytest.raises(ValueError, match=r"^environment 'raywm/Faulty-v0', episode [4-7], step 5: .*") as error:
-        run(config, out, Breaking)
+        run(config, out, breaking)
     assert "\n" not in str(error.value)
+    monkeypatch.undo()
     with EpisodeStore(out / "episodes", read_only=True) as store:
         assert store.ids() == [f"collect-{n:09d}" for n in range(4)]  # what ended before stays
     run(config, out)  # mended, it goes on

@@ -1,0 +1,297 @@
+"""Collectors and shards as Ray actors: the same bits, and nothing acknowledged lost, whoever dies or stalls."""
+
+import itertools
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raywm.agent import RandomAgent
+from raywm.collect import Collector
+from raywm.config import CollectConfig, EnvConfig, ReplayConfig, parse
+from raywm.data.dataset import Dataset
+from raywm.data.episode import join, to_table
+from raywm.data.mirror import Mirror
+from raywm.data.store import EpisodeStore
+from raywm.envs.classic import check_counting
+from raywm.loops.parts import in_order
+from raywm.runtime.collect import collect_dataset
+
+COUNTING = EnvConfig(id="raywm/Counting-v0")
+
+
+def rollouts(env, directory, seed=5, replay=ReplayConfig(), **collect):
+    from raywm.runtime.rollouts import Rollouts
+
+    here = Collector(env, seed, 1)
+    here.close()
+    config = CollectConfig(**{"workers": 2, "envs": 4, **collect})
+    made = Rollouts(env, config, replay, seed, directory, here.columns, here.codec)
+    made.set_agent(RandomAgent(here.codec))
+    return made
+
+
+def same(a, b):
+    assert a.id == b.id
+    for (name, left), right in zip(a.columns().items(), b.columns().values(), strict=True):
+        assert left.dtype == right.dtype and left.tobytes() == right.tobytes(), name
+
+
+def test_collectors_give_the_same_bits_though_one_is_killed(ray_session, tmp_path):
+    fault = {"fault": "kill", "at": 7, "once": str(tmp_path / "killed")}
+    env = EnvConfig(id="raywm/Faulty-v0", kwargs=fault)
+    plain = Collector({"id": env.id, "kwargs": {"fault": None}}, seed=5, envs=4)
+    agent = RandomAgent(plain.codec)
+    expected = {e.id: e for e in plain.collect(agent, range(24))}
+    work = rollouts(env, tmp_path / "store")
+    try:
+        assert sorted(work.collect(range(24), "collect")) == [(n, 20, 20.0) for n in range(24)]
+        assert work.deaths == 1
+        assert work.play([3, 1], "collect") == [(1, 20, 20.0), (3, 20, 20.0)]
+        assert sorted(work.collect(range(20, 24), "collect")) == [(n, 20, 20.0) for n in range(20, 24)]
+    finally:
+        work.close()
+    with EpisodeStore(tmp_path / "store", read_only=True) as kept:
+        assert kept.ids() == sorted(expected)
+        for id, episode in expected.items():
+            same(kept.get(id), episode)
+            info = kept.get(id).info
+            assert info["env_config"]["id"] == "raywm/Faulty-v0" and ":" in info["collector"]
+
+
+def test_a_broken_environment_speaks_and_a_partly_broken_one_is_counted(ray_session, tmp_path):
+    env = EnvConfig(id="raywm/Faulty-v0", kwargs={"fault": "nan_obs", "at": 3})
+    work = rollouts(env, tmp_path / "a", workers=1)
+    try:
+        with pytest.raises(ValueError, match=r"^environment 'raywm/Faulty-v0', episode \d, step 3") as caught:
+            list(work.collect(range(8), "collect"))
+        assert type(caught.value) is ValueError
+    finally:
+        work.close()
+    env = EnvConfig(id="raywm/Faulty-v0", kwargs={"fault": "raise", "at": 3, "every": 11})
+    work = rollouts(env, tmp_path / "b")
+    try:
+        played = sorted(work.collect(range(40), "collect"))
+        broken = [n for n, steps, _ in played if not steps]
+        assert [n for n, *_ in played] == list(range(40)) and 0 < len(broken) < 10
+    finally:
+        work.close()
+    with Dataset(tmp_path / "b") as data:
+        assert sorted(data.broken) == [f"collect-{n:09d}" for n in broken] and len(data) == 40 - len(broken)
+        assert "RuntimeError" in next(iter(data.broken.values()))["broken"]
+
+
+def test_an_environment_that_stalls_costs_one_collector_and_one_episode(ray_session, tmp_path):
+    seeds = Collector({"id": "raywm/Faulty-v0"}, 5, 1)
+    env = EnvConfig(id="raywm/Faulty-v0", kwargs={"fault": "stall", "at": 4, "every": 13})
+    stalling = [n for n in range(30) if derive(5, "collect", "env", n) % 13 == 0]
+    seeds.close()
+    assert 0 < len(stalling) < 5
+    work = rollouts(env, tmp_path / "a", stall_s=1.0)
+    try:
+        played = sorted(work.collect(range(30), "collect"))
+    finally:
+        deaths = work.deaths
+        work.close()
+    assert [n for n, steps, _ in played if not steps] == stalling and len(played) == 30
+    assert deaths == len(stalling)
+    with Dataset(tmp_path / "a") as data:
+        assert len(data) == 30 - len(stalling)
+        assert all("stalled" in info["broken"] for info in data.broken.values()) and len(data.broken) == len(stalling)
+
+
+def test_what_is_not_wanted_any_more_is_not_played_on(ray_session, tmp_path):
+    env = EnvConfig(id="raywm/Sleep-v0", kwargs={"seconds": 0.002, "length": 50})
+    work = rollouts(env, tmp_path / "a", envs=2)
+    work._pace = 1000.0  # as if episodes were short: units of 1000
+    try:
+        results = work.collect(itertools.count(), "collect")
+        assert next(results)[1] == 50
+        results.close()
+        began = time.monotonic()
+        assert len(work.play(range(2), "evaluate")) == 2
+        assert time.monotonic() - began < 60  # 2000 episodes would take 200 s
+    finally:
+        work.close()
+
+
+def test_a_shard_begins_again_from_its_storage(ray_session, tmp_path):
+    """Its disk is wiped under it; what was uploaded comes back, damaged local segments are fetched again."""
+    replay = ReplayConfig(storage=f"file://{tmp_path}/copies", segment_mb=0.01, seal_s=0.5)
+    work = rollouts(COUNTING, tmp_path / "a", replay=replay)
+    try:
+        list(work.collect(range(30), "collect"))
+        work.settle()
+        copies = sorted(os.listdir(tmp_path / "copies"))
+        assert len(copies) > 2 and work.shards.ask("stats")[0]["to_upload"] == 0
+        ray_session.kill(work.shards.actors[0], no_restart=False)
+        for path in (tmp_path / "a").glob("segment*"):
+            path.unlink()
+        assert len(work.stored("collect", 0)) == 30
+        assert sorted(os.listdir(tmp_path / "copies")) == copies
+        ray_session.kill(work.shards.actors[0], no_restart=False)
+    finally:
+        work.close()
+    victim = tmp_path / "a" / copies[0]
+    victim.write_bytes(victim.read_bytes()[:500])
+    work = rollouts(COUNTING, tmp_path / "a", replay=replay)
+    try:
+        assert len(work.stored("collect", 0)) == 30
+    finally:
+        work.close()
+    with EpisodeStore(tmp_path / "a", read_only=True) as store:
+        for id in store.ids():
+            check_counting(store.get(id))
+
+
+def test_a_mirror_keeps_what_is_there_and_fetches_the_newest(tmp_path):
+    here = Collector(COUNTING, 0, 2)
+    with EpisodeStore(tmp_path / "a", here.columns, here.codec, segment_bytes=1) as store:
+        for episode in here.collect(RandomAgent(here.codec), range(6)):
+            store.add(episode)
+        mirror = Mirror(str(tmp_path / "copies"))
+        for path in store.segments():
+            mirror.upload(path)
+    sizes = mirror.names()
+    assert len(sizes) == 6 and not list((tmp_path / "copies").glob("*.part"))
+    (tmp_path / "b").mkdir()
+    newest = sorted(sizes)[-2:]
+    assert sorted(mirror.restore(tmp_path / "b", sum(sizes[name] for name in newest))) == newest
+    mine = tmp_path / "b" / sorted(sizes)[0].replace(".arrows", ".open.arrows")
+    mine.write_bytes(b"")
+    mirror.restore(tmp_path / "b")
+    assert mine.exists() and len(os.listdir(tmp_path / "b")) == 6
+    with pytest.raises(ValueError, match="expected a path or a URI"):
+        Mirror("what://is/this")
+
+
+def config(**sections):
+    return parse({"env": {"id": "raywm/Counting-v0"}, "log": {"console": False}, "collect": {"envs": 4}, **sections})
+
+
+def test_a_dataset_is_collected_resumed_and_whole(ray_session, tmp_path):
+    out = tmp_path / "data"
+    done = collect_dataset(config(), str(out), episodes=20, policy="random")
+    assert done["episodes"] == 20 and done["broken"] == 0 and done["steps"] == done["new_steps"] > 0
+    more = collect_dataset(config(), str(out), steps=2 * done["steps"], policy="random", resume=True)
+    assert more["steps"] >= 2 * done["steps"] and more["new_steps"] == more["steps"] - done["steps"]
+    alone = collect_dataset(config(), str(tmp_path / "alone"), episodes=20, policy="random", in_process=True)
+    with Dataset(out) as data, Dataset(tmp_path / "alone") as other:
+        assert data.verify()["ok"] and other.verify()["ok"] and len(data) == more["episodes"]
+        assert len(other) == 20 and alone["steps"] == done["steps"]
+        for id in other.ids():
+            same(data.get(id), other.get(id))
+    with pytest.raises(ValueError, match="already holds a dataset"):
+        collect_dataset(config(), str(out), episodes=30, policy="random")
+    for wrong, match in (({"policy": "sticky"}, "policy random, got sticky"), ({}, "policy random, got mixed")):
+        with pytest.raises(ValueError, match=match):
+            collect_dataset(config(), str(out), episodes=30, resume=True, **wrong)
+    with pytest.raises(ValueError, match="with seed 0, got 3"):
+        collect_dataset(config(seed=3), str(out), episodes=30, policy="random", resume=True)
+    with pytest.raises(ValueError, match="expected random, sticky, mixed"):
+        collect_dataset(config(), str(tmp_path / "x"), policy="randum")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        collect_dataset(config(), str(tmp_path / "full"), policy="random")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_dataset_is_repaired_at_resume(ray_session, tmp_path):
+    out = tmp_path / "data"
+    small = config(replay={"segment_mb": 0.005})
+    collect_dataset(small, str(out), episodes=30, policy="random")
+    files = sorted(out.glob("segment*"))
+    files[0].write_bytes(files[0].read_bytes()[:700])
+    bad = bytearray(files[1].read_bytes())
+    bad[-300] ^= 4
+    files[1].write_bytes(bad)
+    with Dataset(out) as data:
+        assert not data.verify()["ok"]
+    again = collect_dataset(small, str(out), episodes=30, policy="random", resume=True)
+    assert again["episodes"] == 30 and again["new_steps"] > 0 and again["set_aside"] == [files[0].name]
+    with EpisodeStore(out, read_only=True) as store:
+        assert len(store) == 30
+        for id in store.ids():
+            check_counting(store.get(id))
+
+
+def test_a_killed_collection_goes_on(tmp_path):
+    """kill -9 of the driver, twice, with its actors; then the rest, and every episode once."""
+    import subprocess
+    import sys
+
+    out = tmp_path / "data"
+    command = [
+        sys.executable,
+        "-m",
+        "raywm.cli",
+        "collect",
+        "raywm/Sleep-v0",
+        "env.kwargs={seconds: 0.001, length: 40}",
+    ]
+    command += ["collect.envs=4", "--episodes", "150", "--policy", "random", "--resume", "--out", str(out)]
+    for _ in range(2):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = sum(p.stat().st_size for p in out.glob("segment*")) if out.exists() else 0
+        for _ in range(300):
+            time.sleep(0.1)
+            if sum(p.stat().st_size for p in out.glob("segment*")) > before:
+                break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["episodes"] == 150 and result["new_steps"] < 150 * 40
+    with Dataset(out) as data:
+        assert data.verify()["ok"] and len(data) == 150
+
+
+def test_a_trained_policy_and_a_class_of_ones_own_can_play(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\nfrom raywm.agent import Agent\n"
+        "class Left(Agent):\n"
+        "    name = 'left'\n"
+        "    def __init__(self, codec):\n        self.codec = codec\n"
+        "    def act(self, obs, state, is_first, rngs):\n"
+        "        return np.zeros((len(is_first), *self.codec.shape), self.codec.dtype), None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = collect_dataset(config(), str(tmp_path / "a"), episodes=3, policy="mine:Left", in_process=True)
+    assert done["policy"] == "mine:Left"
+    with Dataset(tmp_path / "a") as data:
+        assert all(not e.action.any() and e.info["policy"] == "left" for e in data)
+    for wrong in ("mine:Right", "nothing:Left", "mine:np"):
+        with pytest.raises(ValueError, match="--policy"):
+            collect_dataset(config(), str(tmp_path / "b"), policy=wrong, in_process=True)
+
+
+def test_results_come_in_order_and_with_their_gaps():
+    assert list(in_order([(2, 1, 0.0), (0, 1, 0.0), (3, 0, np.nan), (1, 1, 0.0)], 0))[:2] == [(0, 1, 0.0), (1, 1, 0.0)]
+
+
+def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
+    from raywm.runtime import shards
+
+    here = Collector(COUNTING, 0, 2)
+    shard = shards.ReplayShard(str(tmp_path), None, here.columns, here.codec, 2**20, None, 60.0)
+    episodes = {e.id: e for e in here.collect(RandomAgent(here.codec), range(8))}
+    assert shard.add(join(list(episodes.values())[:5])) == 5
+    assert [shard.add(to_table(e)) for e in list(episodes.values())[5:]] == [1, 1, 1]
+    monkeypatch.setattr(shards, "READ_BYTES", 1000)
+    wanted, got = [*sorted(episodes), "collect-000000099"], []
+    while wanted:
+        block, count = shard.read(wanted)
+        got += shards.from_block(block) if block is not None else []
+        assert count >= 1
+        wanted = wanted[count:]
+    assert [e.id for e in got] == sorted(episodes)
+    for episode in got:
+        same(episode, episodes[episode.id])
+    shard.close()
+    assert [p.suffix for p in Path(tmp_path).glob("segment*")] == [".arrows"]

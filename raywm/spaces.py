@@ -71,6 +71,7 @@ class ActionCodec:
         self.dtype = np.dtype(space.dtype)
         self._eyes = [np.eye(n, dtype=np.float32) for n in self.groups]  # one-hot rows, made once
         self._sizes = np.array(self.groups, np.uint64)
+        self._shifted = bool(self.groups) and bool(self.starts.any())
 
     def __repr__(self) -> str:
         return f"ActionCodec({self.space})"
@@ -101,7 +102,7 @@ class ActionCodec:
             out[...] = action.reshape(*lead, self.dim) != 0
             return out
         choice = action.reshape(*lead, len(self.groups)).astype(np.int64, copy=False)
-        if self.starts.any():
+        if self._shifted:
             choice = choice - self.starts
         if (choice.view(np.uint64) >= self._sizes).any():  # a negative one is huge as unsigned
             raise ValueError(f"actions range from {action.min()} to {action.max()}, expected members of {self.space}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -39,10 +40,11 @@ class Batch:
     def flat(self) -> dict[str, np.ndarray]:
         """Views of ``tensors()`` in numpy, (B*T, *) but for the weight: made once, for it costs as much as filling
         the small ones."""
-        tensors, kept = self.tensors(), self.__dict__.get("_flat")
-        if kept is None or any(a is not b for a, b in zip(kept[0], tensors.values())):
-            arrays = {n: (t.flatten(0, 1) if t.ndim > 1 else t).numpy() for n, t in tensors.items()}
-            kept = self.__dict__["_flat"] = (list(tensors.values()), arrays)
+        small = (self.action, self.reward, self.is_first, self.is_last, self.is_terminal, self.mask, self.weight)
+        now, kept = [*self.obs.values(), *small], self.__dict__.get("_flat")
+        if kept is None or any(map(operator.is_not, now, kept[0])):
+            arrays = {n: (t.view(-1, *t.shape[2:]) if t.ndim > 1 else t).numpy() for n, t in self.tensors().items()}
+            kept = self.__dict__["_flat"] = (now, arrays)
         return kept[1]
 
     def like(self, pin: bool = False) -> Batch:

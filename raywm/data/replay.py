@@ -180,7 +180,7 @@ class Replay:
         if until["tail"] and backlog and not past:
             warnings.warn(
                 f"none of the last {len(until['tail'])} episodes before the checkpoint can be placed among "
-                "what is stored (lost, or evicted since): all of it counts as later; Replay.release() lets it be sampled",
+                "what is stored (lost or evicted): all of it counts as later; Replay.release() lets it be sampled",
                 stacklevel=4,
             )
         rows_by: dict[str, int] = {}
@@ -256,8 +256,9 @@ class Replay:
             out = blank(B, T, like, self.codec.dim)
         if out.action.shape != (B, T, self.codec.dim):
             raise ValueError(f"out.action is {tuple(out.action.shape)}, expected {(B, T, self.codec.dim)}")
-        self._fill(out, spans, parts)
-        out.flat()["weight"][...] = 1 if weight is None else weight
+        to = out.flat()
+        self._fill(to, T, spans, parts)
+        to["weight"][...] = 1 if weight is None else weight
         out.keys, out.ids = keys, [span.id for span in spans if span.at % T == 0]
         return out
 
@@ -342,11 +343,12 @@ class Replay:
         keys = np.concatenate([np.array(firsts, np.int64), self._keys(leaves)])
         return keys | self.shard << SHARD_BITS, weight
 
-    def _fill(self, out: Batch, spans: Sequence[Span], parts: Sequence[Sequence[Part]]) -> None:
-        """Copy the spans into a batch: all but the weights."""
-        B, T, _ = out.action.shape
-        to, pieces = out.flat(), list(_pieces(spans, parts))
-        action = np.empty((B * T, *self.codec.shape), self.codec.dtype)
+    def _fill(
+        self, to: Mapping[str, np.ndarray], T: int, spans: Sequence[Span], parts: Sequence[Sequence[Part]]
+    ) -> None:
+        """Copy the spans into a batch's arrays (``Batch.flat``): all but the weights."""
+        pieces, reward = list(_pieces(spans, parts)), to["reward"]
+        action = np.empty((len(reward), *self.codec.shape), self.codec.dtype)
         images = {name: column for name, column in to.items() if name.startswith(OBS)}
         if self._ahead.cold:
             for columns, source, _ in pieces:
@@ -358,24 +360,23 @@ class Replay:
             to[name].fill(False)
         to["mask"].fill(True)
         zero: list[int | slice] = []  # where the action is zero
-        for span, lies in zip(spans, parts):
-            end = span.at + span.n
-            if span.row == 0:
-                to["is_first"][span.at] = True
-                zero.append(span.at)
-            if span.ended:
+        for (_, row, n, at, ended, cut), lies in zip(spans, parts):
+            end = at + n
+            if row == 0:
+                to["is_first"][at] = True
+                zero.append(at)
+            if ended:
                 columns, start, rows = lies[-1]
                 to["is_last"][end - 1] = True
                 to["is_terminal"][end - 1] = columns["is_terminal"][start + rows - 1]
-            elif span.cut:
+            elif cut:
                 to["is_last"][end - 1] = True
-            if span.n < T and not self.cross:
-                padding = slice(end, span.at + T)
-                for column in (*images.values(), to["reward"], to["mask"]):
+            if n < T and not self.cross:
+                padding = slice(end, at + T)
+                for column in (*images.values(), reward, to["mask"]):
                     column[padding] = 0
                 action[padding] = self.codec.zero()
                 zero.append(padding)
-        reward = to["reward"]
         for columns, source, place in pieces:
             action[place] = columns["action"][source]
             reward[place] = columns["reward"][source]

@@ -69,6 +69,9 @@ class ActionCodec:
         assert space.shape is not None and space.dtype is not None
         self.shape: tuple[int, ...] = tuple(space.shape)
         self.dtype = np.dtype(space.dtype)
+        self._eyes = [np.eye(n, dtype=np.float32) for n in self.groups]  # one-hot rows, made once
+        self._sizes = np.array(self.groups, np.uint64)
+        self._shifted = bool(self.groups) and bool(self.starts.any())
 
     def __repr__(self) -> str:
         return f"ActionCodec({self.space})"
@@ -80,22 +83,34 @@ class ActionCodec:
             raise ValueError(f"action of shape {action.shape}, expected (..., {self.shape}) for {self.space}")
         return action.shape[:lead]
 
-    def encode(self, action: Any) -> np.ndarray:
-        """Environment actions (..., *shape) -> float32 (..., A). A Box action outside its bounds is clipped."""
+    def encode(self, action: Any, out: np.ndarray | None = None) -> np.ndarray:
+        """Environment actions (..., *shape) -> float32 (..., A), into `out` where given.
+
+        A Box action outside its bounds is clipped. Raises ValueError for a choice that the space does not have.
+        """
         action = np.asarray(action)
         lead = self._lead(action)
+        if out is None:
+            out = np.empty((*lead, self.dim), np.float32)
         if self.kind == "box":
             span = self.high - self.low
             unit = 2 * (action - self.low) / np.where(span > 0, span, 1) - 1
             unit = np.where(span > 0, np.clip(unit, -1, 1), 0)  # a fixed number carries nothing
-            return unit.reshape(*lead, self.dim).astype(np.float32)
+            out[...] = unit.reshape(*lead, self.dim)
+            return out
         if self.kind == "multi_binary":
-            return (action.reshape(*lead, self.dim) != 0).astype(np.float32)
-        choice = action.reshape(*lead, len(self.groups)).astype(np.int64) - self.starts
-        if ((choice < 0) | (choice >= np.array(self.groups))).any():
+            out[...] = action.reshape(*lead, self.dim) != 0
+            return out
+        choice = action.reshape(*lead, len(self.groups)).astype(np.int64, copy=False)
+        if self._shifted:
+            choice = choice - self.starts
+        if (choice.view(np.uint64) >= self._sizes).any():  # a negative one is huge as unsigned
             raise ValueError(f"actions range from {action.min()} to {action.max()}, expected members of {self.space}")
-        hot = [np.eye(n, dtype=np.float32)[choice[..., g]] for g, n in enumerate(self.groups)]
-        return np.concatenate(hot, axis=-1)  # G x (..., n_g) -> (..., A)
+        at = 0
+        for g, eye in enumerate(self._eyes):  # G x (..., n_g) -> (..., A)
+            eye.take(choice[..., g], axis=0, out=out[..., at : at + len(eye)], mode="clip")  # other modes copy `out`
+            at += len(eye)
+        return out
 
     def decode(self, vector: Any) -> np.ndarray:
         """Float vectors (..., A) -> environment actions (..., *shape) of the space's dtype.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+NAMES = ("action", "reward", "is_first", "is_last", "is_terminal", "mask", "weight")
 
 
 @dataclass
@@ -21,11 +26,73 @@ class Batch:
     is_terminal: Tensor
     mask: Tensor  # (B, T) bool: False on padding
     weight: Tensor  # (B,) float32: the weight of a sequence in the loss
-    ids: list[str]  # the episode of each sequence
+    ids: list[str]  # the episode of each sequence; of one that crosses into others, its first row's
     start: dict[str, Tensor] | None = None  # a stored State for row 0 (online loops), or None
+    keys: np.ndarray | None = None  # (B,) int64, of a prioritised replay: names the sequences in ``Replay.update``
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors but the start's by name, observation columns as "obs.NAME"."""
+        return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in NAMES}
+
+    def flat(self) -> dict[str, np.ndarray]:
+        """Views of ``tensors()`` in numpy, (B*T, *) but for the weight: made once, for it costs as much as filling
+        the small ones."""
+        small = (self.action, self.reward, self.is_first, self.is_last, self.is_terminal, self.mask, self.weight)
+        now, kept = [*self.obs.values(), *small], self.__dict__.get("_flat")
+        if kept is None or any(map(operator.is_not, now, kept[0])):
+            arrays = {n: (t.view(-1, *t.shape[2:]) if t.ndim > 1 else t).numpy() for n, t in self.tensors().items()}
+            kept = self.__dict__["_flat"] = (now, arrays)
+        return kept[1]
+
+    def like(self, pin: bool = False) -> Batch:
+        """A batch of the same shapes in host memory, to be filled; `pin`: in page-locked memory, for fast copies."""
+        (B, T, A), like = self.action.shape, {n: (tuple(c.shape[2:]), c.dtype) for n, c in self.obs.items()}
+        return blank(B, T, like, A, pin)
+
+
+def blank(B: int, T: int, obs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], A: int, pin: bool = False) -> Batch:
+    """A batch to be filled, with observation columns of these row shapes and dtypes and weights of 1."""
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        if pin:
+            return torch.empty(shape, dtype=dtype, pin_memory=True)
+        # numpy asks for huge pages, which torch does not: 5% of the time to fill a batch of images
+        return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
+
+    return Batch(
+        obs={name: empty(B, T, *shape, dtype=dtype) for name, (shape, dtype) in obs.items()},
+        action=empty(B, T, A, dtype=torch.float32),
+        reward=empty(B, T, dtype=torch.float32),
+        is_first=empty(B, T, dtype=torch.bool),
+        is_last=empty(B, T, dtype=torch.bool),
+        is_terminal=empty(B, T, dtype=torch.bool),
+        mask=empty(B, T, dtype=torch.bool),
+        weight=empty(B, dtype=torch.float32).fill_(1),
+        ids=[""] * B,
+    )
+
+
+def joined(batches: Sequence[Batch], out: Batch | None = None) -> Batch:
+    """Batches of sequences one after another: into `out`'s tensors where given, else into new ones."""
+    if not batches:
+        raise ValueError("no batches to join, expected at least one")
+    first = batches[0]
+    if out is None:
+        A, T = first.action.shape[-1], first.action.shape[1]
+        like = {n: (tuple(c.shape[2:]), c.dtype) for n, c in first.obs.items()}
+        out = blank(sum(len(batch.ids) for batch in batches), T, like, A)
+    B, parts = sum(len(batch.ids) for batch in batches), [batch.tensors() for batch in batches]
+    for name, to in out.tensors().items():
+        if to.shape != (B, *parts[0][name].shape[1:]):
+            raise ValueError(f"out.{name} is {tuple(to.shape)}, expected {(B, *parts[0][name].shape[1:])}")
+        torch.cat([part[name] for part in parts], out=to)
+    out.ids = [id for batch in batches for id in batch.ids]
+    keys = [batch.keys for batch in batches if batch.keys is not None]
+    out.keys = np.concatenate(keys) if len(keys) == len(batches) else None
+    return out
 
 
 def _to(value: Any, device: str | torch.device, non_blocking: bool) -> Any:

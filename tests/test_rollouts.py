@@ -108,13 +108,15 @@ def test_an_environment_that_stalls_costs_one_collector_and_one_episode(ray_sess
 def test_what_is_not_wanted_any_more_is_not_played_on(ray_session, tmp_path):
     env = EnvConfig(id="raywm/Sleep-v0", kwargs={"seconds": 0.002, "length": 50})
     work = rollouts(env, tmp_path / "a", envs=2)
-    work._pace = 1000.0  # as if episodes were short: units of 1000
+    sizes = itertools.chain([2], itertools.repeat(1000))
+    work._size = lambda left: next(sizes)
     try:
         results = work.collect(itertools.count(), "collect")
         assert next(results)[1] == 50
         results.close()
         began = time.monotonic()
         assert len(work.play(range(2), "evaluate")) == 2
+        work.settle()
         assert time.monotonic() - began < 60  # 2000 episodes would take 200 s
     finally:
         work.close()
@@ -122,10 +124,11 @@ def test_what_is_not_wanted_any_more_is_not_played_on(ray_session, tmp_path):
 
 def test_a_shard_begins_again_from_its_storage(ray_session, tmp_path):
     """Its disk is wiped under it; what was uploaded comes back, damaged local segments are fetched again."""
-    replay = ReplayConfig(storage=f"file://{tmp_path}/copies", segment_mb=0.01, seal_s=0.5)
+    replay = ReplayConfig(storage=f"file://{tmp_path}/copies", segment_mb=0.001, seal_s=0.5)
     work = rollouts(COUNTING, tmp_path / "a", replay=replay)
     try:
-        list(work.collect(range(30), "collect"))
+        for first in (0, 10, 20):  # each brings a block, and so a segment, at least
+            list(work.collect(range(first, first + 10), "collect"))
         work.settle()
         copies = sorted(os.listdir(tmp_path / "copies"))
         assert len(copies) > 2 and work.shards.ask("stats")[0]["to_upload"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -29,6 +30,15 @@ class Batch:
     ids: list[str]  # the episode of each sequence; of one that crosses into others, its first row's
     start: dict[str, Tensor] | None = None  # a stored State for row 0 (online loops), or None
     keys: np.ndarray | None = None  # (B,) int64, of a prioritised replay: names the sequences in ``Replay.update``
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray], ids: list[str], keys: np.ndarray | None = None) -> Batch:
+        """A batch from arrays by the names of ``tensors``; of read-only ones, which it must then not be filled into."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        obs = {name.removeprefix("obs."): column for name, column in tensors.items() if name.startswith("obs.")}
+        return cls(obs=obs, ids=ids, keys=keys, **{name: tensors[name] for name in NAMES})
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})

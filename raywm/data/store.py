@@ -88,7 +88,7 @@ class EpisodeStore:
         # Eviction is by whole segments: a few of them must fit, or it would empty the store.
         self.segment_bytes = segment_bytes if capacity_bytes is None else min(segment_bytes, capacity_bytes // 4 + 1)
         self.set_aside: list[str] = []  # names of damaged files, of this opening
-        self.lock = threading.RLock()
+        self.lock: Any = threading.RLock()  # held while anything is added, looked up or told to listeners
         self.rows = 0  # of the complete episodes
         self._entries: dict[str, _Entry] = {}
         self._complete = 0

@@ -9,18 +9,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywm.checkpoint import atomic_write_json
+from raywm.data.batch import Batch
 from raywm.data.episode import Episode, from_block, join
 from raywm.data.mirror import Mirror
+from raywm.data.replay import Replay
+from raywm.data.shards import allot, merge, shards_of
 from raywm.data.store import EpisodeStore
 from raywm.loops.parts import Played, stored
 
 SYNC_S = 1.0  # how often a shard looks for segments to seal and to upload
+Law = tuple[tuple[str, Any], ...]  # arguments of a `Replay`, sorted: a law by which samples are drawn
 READ_BYTES = 64 * 2**20  # of episodes in one answer to a reader on another node
 
 
@@ -54,6 +59,8 @@ class ReplayShard:
         self._closed = threading.Event()
         self._began: tuple[int, float] = 0, 0.0  # the open segment's number, and since when it holds something
         self.uploaded: dict[str, int] = {}
+        self._replays: dict[Law, Replay] = {}
+        self._buffers: dict[tuple[int, int], Batch] = {}
         self.trouble: str | None = None  # of the last upload
 
     @property
@@ -103,6 +110,47 @@ class ReplayShard:
     def streams(self) -> set[str]:
         """What the ids of its episodes begin with, up to their numbers."""
         return {id.rpartition("-")[0] for id in self.store.ids()}
+
+    # ----------------------------------------------------------------------------------------- sampling
+
+    def open_replay(self, law: Law, shard: int, until: dict[str, Any] | None = None) -> None:
+        """Begin to serve samples by a law (see `ShardedReplay`); `until`: see `Replay`."""
+        self._replays[law] = Replay(self.store, self.codec, shard=shard, until=until, **dict(law))
+
+    def _replay(self, law: Law, shard: int) -> Replay:
+        if law not in self._replays:  # this actor was restarted since
+            self.open_replay(law, shard)
+        return self._replays[law]
+
+    def mass(self, law: Law, shard: int) -> tuple[int, float]:
+        """Rows that can be drawn, and what they weigh against those of other shards."""
+        replay = self._replay(law, shard)
+        return len(replay), replay.mass
+
+    def sample(
+        self, law: Law, shard: int, B: int, T: int, seed: int, held: bool, density: float | None
+    ) -> tuple[dict[str, np.ndarray], list[str], np.ndarray | None, tuple[int, float]]:
+        """B sequences of T rows: arrays by the names of `Batch.tensors`, which travel without pickling; ids, keys and
+        the new ``mass``."""
+        replay, buffer = self._replay(law, shard), self._buffers.get((B, T))
+        batch = replay.sample(B, T, np.random.default_rng(seed), out=buffer, held=held, density=density)
+        self._buffers = {(B, T): batch}  # what is returned is copied into the object store, and this is filled again
+        arrays = {name: tensor.numpy() for name, tensor in batch.tensors().items()}
+        return arrays, batch.ids, batch.keys, (len(replay), replay.mass)
+
+    def update(self, law: Law, shard: int, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """See `Replay.update`."""
+        self._replay(law, shard).update(keys, priorities)
+
+    def replay_mark(self, law: Law, shard: int) -> dict[str, Any]:
+        """See `Replay.mark`."""
+        return self._replay(law, shard).mark
+
+    def release(self, law: Law, shard: int) -> None:
+        """See `Replay.release`."""
+        self._replay(law, shard).release()
+
+    # ----------------------------------------------------------------------------------------- reading
 
     def where(self) -> tuple[str, str]:
         """Node and path, for readers that can map the segments themselves."""
@@ -255,10 +303,7 @@ class Shards:
 
     def ask(self, method: str, *args: Any) -> list[Any]:
         """Call every shard; what one raises comes as itself."""
-        try:
-            return ray.get([getattr(actor, method).remote(*args) for actor in self.actors])
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
+        return _get([getattr(actor, method).remote(*args) for actor in self.actors])
 
     def stored(self, stream: str, first: int) -> dict[int, Played]:
         """Episodes of a stream that some shard holds, from number `first` on, by their numbers."""
@@ -274,6 +319,77 @@ class Shards:
         finally:
             for actor in self.actors:
                 ray.kill(actor)
+
+
+class ShardedReplay:
+    """Sequences from all shards of a run, as if they were one `Replay`; a source for `Prefetch`.
+
+    Each shard draws and copies its part on its own node, as many sequences as its share of the rows (of the priorities,
+    of the episodes: of what the law counts). What is drawn depends on `rng`, and on what has arrived by then.
+
+    Args:
+        shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, alpha, beta,
+            include_incomplete); until: a ``mark`` from a checkpoint, see `Replay`.
+    """
+
+    def __init__(self, shards: Shards, until: Sequence[dict[str, Any]] | None = None, **law: Any):
+        self.actors, self.law = shards.actors, tuple(sorted(law.items()))
+        marks: list[Any] = list(until or [])
+        marks += [None] * (len(self.actors) - len(marks))
+        opened = [a.open_replay.remote(self.law, i, m) for i, (a, m) in enumerate(zip(self.actors, marks))]
+        _get(opened)
+        self._masses: list[tuple[int, float]] = []
+
+    def _ask(self, method: str, *args: Any) -> list[Any]:
+        return _get([getattr(a, method).remote(self.law, i, *args) for i, a in enumerate(self.actors)])
+
+    def __len__(self) -> int:
+        """Rows that training draws from."""
+        self._masses = self._ask("mass")
+        return sum(rows for rows, _ in self._masses)
+
+    @property
+    def mark(self) -> list[dict[str, Any]]:
+        """JSON that tells what has arrived by now, for ``until``."""
+        return self._ask("replay_mark")
+
+    def release(self) -> None:
+        """Let what was set aside as later than ``until`` be sampled."""
+        self._ask("release")
+
+    def sample(self, B: int, T: int, rng: np.random.Generator, out: Batch | None = None, held: bool = False) -> Batch:
+        """B sequences of T rows, into `out`'s tensors where given. Raises ValueError where there is nothing to draw."""
+        if not self._masses or not sum(mass for _, mass in self._masses):
+            self._masses = self._ask("mass")
+        rows, masses = zip(*self._masses)
+        counts = allot(B, masses, rng)
+        density = sum(rows) / sum(masses) if dict(self.law).get("mode") == "prioritized" else None
+        seeds = rng.integers(2**63, size=len(self.actors)).tolist()
+        asked = {
+            i: actor.sample.remote(self.law, i, int(count), T, seed, held, density)
+            for i, (actor, count, seed) in enumerate(zip(self.actors, counts, seeds))
+            if count
+        }
+        parts = []
+        for i, (arrays, ids, keys, mass) in zip(asked, _get(list(asked.values()))):
+            self._masses[i] = mass
+            parts.append(Batch.of(arrays, ids, keys))
+        return merge(parts, out)
+
+    def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """Give the sequences of a batch their priorities (N,); returns at once. See `Replay.update`."""
+        for i, actor in enumerate(self.actors):
+            ours = shards_of(keys) == i
+            if ours.any():
+                actor.update.remote(self.law, i, keys[ours], priorities[ours])
+
+
+def _get(refs: Any) -> Any:
+    """`ray.get`, with what an actor raised as itself."""
+    try:
+        return ray.get(refs)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
 
 
 def read(actors: Sequence[Any], ids: Iterable[str], codec: Any) -> tuple[list[Episode], list[EpisodeStore]]:

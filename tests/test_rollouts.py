@@ -299,3 +299,61 @@ def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
         same(episode, episodes[episode.id])
     shard.close()
     assert [p.suffix for p in Path(tmp_path).glob("segment*")] == [".arrows"]
+
+
+def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
+    """Shares, priorities fed back, prefetching, a shard that dies meanwhile, and no future data at a resume."""
+    from raywm.data.prefetch import Prefetch
+    from raywm.runtime.shards import ShardedReplay, Shards
+
+    here = Collector(COUNTING, 3, 4)
+    episodes = list(here.collect(RandomAgent(here.codec), range(60)))
+    node = ray_session.get_runtime_context().get_node_id()
+    names = {"shard-000": node, "shard-001": node}
+    shards = Shards(tmp_path, here.columns, here.codec, names)
+    for n, episode in enumerate(episodes[:40]):
+        ray_session.get(shards.actors[n % 4 == 0].add.remote(to_table(episode)))
+    replay = ShardedReplay(shards, mode="prioritized")
+    rows = [sum(len(e) for n, e in enumerate(episodes[:40]) if (n % 4 == 0) == side) for side in (False, True)]
+    assert len(replay) == sum(rows)
+    rng = np.random.default_rng(0)
+    of = {e.id: n % 4 == 0 for n, e in enumerate(episodes)}
+    batch = replay.sample(256, 5, rng)
+    assert batch.weight.tolist() == [1.0] * 256  # all priorities are still the same
+    assert abs(sum(of[id] for id in batch.ids) - 256 * rows[1] / sum(rows)) <= 1
+    by_id = {e.id: e for e in episodes}
+    for b, id in enumerate(batch.ids):
+        n, start = (
+            int(batch.mask[b].sum()),
+            int((by_id[id].obs["vector"] == batch.obs["vector"][b, 0].numpy()).all(1).argmax()),
+        )
+        assert np.array_equal(batch.obs["vector"][b, :n], by_id[id].obs["vector"][start : start + n])
+    replay.update(batch.keys, np.where([of[id] for id in batch.ids], 100.0, 1e-3))
+    mass = [m for _, m in replay._ask("mass")]
+    assert mass[1] > mass[0]
+    replay.sample(256, 5, rng)  # the shards' masses come with the batches: one is drawn by the old ones
+    again = replay.sample(256, 5, rng)
+    assert sum(of[id] for id in again.ids) > 128 and again.weight.min() < again.weight.max() == 1
+
+    with Prefetch(replay, 8, 5, np.random.default_rng(1), depth=2) as ahead:
+        for turn in range(30):
+            if turn == 10:
+                ray_session.kill(shards.actors[1], no_restart=False)
+            assert ahead.next().obs["vector"].shape == (8, 5, 4)
+
+    mark = replay.mark
+    later = [e.id for e in episodes[40:]]
+    for n, episode in enumerate(episodes[40:]):
+        ray_session.get(shards.actors[n % 2].add.remote(to_table(episode)))
+    shards.close()
+    shards = Shards(tmp_path, here.columns, here.codec, names)
+    try:
+        restored = ShardedReplay(shards, until=json.loads(json.dumps(mark)))
+        seen = {id for _ in range(20) for id in restored.sample(64, 4, rng).ids}
+        assert len(seen) > 30 and not seen & set(later)
+        restored.release()
+        assert len({id for _ in range(20) for id in restored.sample(64, 4, rng).ids} & set(later)) > 10
+        with pytest.raises(ValueError, match="did you mean 'recent'"):
+            ShardedReplay(shards, mode="recnt", half_life=3)
+    finally:
+        shards.close()

@@ -38,7 +38,8 @@ class Batch:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         obs = {name.removeprefix("obs."): column for name, column in tensors.items() if name.startswith("obs.")}
-        return cls(obs=obs, ids=ids, keys=keys, **{name: tensors[name] for name in NAMES})
+        rest: dict[str, Any] = {name: tensors[name] for name in NAMES}
+        return cls(obs=obs, ids=ids, keys=keys, **rest)
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})

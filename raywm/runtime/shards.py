@@ -325,7 +325,7 @@ class ShardedReplay:
     """Sequences from all shards of a run, as if they were one `Replay`; a source for `Prefetch`.
 
     Each shard draws and copies its part on its own node, as many sequences as its share of the rows (of the priorities,
-    of the episodes: of what the law counts). What is drawn depends on `rng`, and on what has arrived by then.
+    of the episodes: of what the law counts), as they were when the batch before was drawn.
 
     Args:
         shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, alpha, beta,

@@ -399,6 +399,7 @@ def measure_environment(env: EnvConfig, seconds: float, turns: int, say: Say) ->
                 rates[name].append(one.measure(seconds))
                 share = (cpu_seconds(others) - used) / (time.monotonic() - began)
                 busy[name] = max(busy.get(name, 0.0), share)
+        deaths = next(one.owner.rollouts.deaths for name, one in all_of_them.items() if name == RAYWM)  # type: ignore
     pairs = [(a, b) for a in (RAYWM, FAST) for b in (FLOOR, PLAIN, RLLIB, POLICY)]
     return {
         "env": env.model_dump(mode="json"),
@@ -407,6 +408,7 @@ def measure_environment(env: EnvConfig, seconds: float, turns: int, say: Say) ->
         "ratios": {f"{a} / {b}": ratio(rates[a], rates[b]) for a, b in pairs if a in rates and b in rates},
         "targets": TARGETS.get(env.id, {}),
         "cores_used_by_others": busy,
+        "worker_deaths": deaths,
     }
 
 
@@ -461,6 +463,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
         for who, share in found["cores_used_by_others"].items():
             if share > BUSY:
                 console.print(f"note: while {who} was measured, the others used up to {share:.2f} of a core")
+        if found["worker_deaths"]:
+            console.print(f"note: {found['worker_deaths']} collectors died and were replaced; measure again")
         console.print()
     for name, why in result["skipped"].items():
         console.print(f"skipped {name}: {why}")

@@ -138,17 +138,16 @@ def finish(
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure, with progress on standard error; then a table, or JSON, on standard output. `out` gets the JSON too."""
-    notes = Console(stderr=True)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
-    with notes.status("starting") as status:
+    live = sys.stderr.isatty()
 
-        def say(text: str) -> None:
-            status.update(text)
-            if not notes.is_terminal:  # a log: one line for each thing that is begun
-                print(text, file=sys.stderr, flush=True)
+    def say(text: str) -> None:  # no spinner: it would take a share of a core from what is measured
+        print(f"\r\x1b[K{text}" if live else text, file=sys.stderr, end="" if live else "\n", flush=True)
 
-        result = measure(say)
+    result = measure(say)
+    if live:
+        say("")
     if out is not None:
         Path(out).write_text(json.dumps(result, indent=2) + "\n")
     if as_json:

@@ -54,6 +54,9 @@ AddressOption = Annotated[
 InProcessOption = Annotated[bool, typer.Option("--in-process", hidden=True, help="One process, without Ray.")]
 RunArg = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+BenchOutOption = Annotated[Path | None, typer.Option("--out", "-o", help="A file that gets the JSON.")]
+TurnSecondsOption = Annotated[float, typer.Option("--seconds", min=0.1, help="Time for each measurement of a turn.")]
+TurnsOption = Annotated[int, typer.Option("--turns", min=1, help="Turns, of which medians are taken.")]
 
 
 class _State:
@@ -258,6 +261,7 @@ def _bench() -> None:
 def bench_dream(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each measurement.")] = 5.0,
     as_json: JsonOption = False,
+    out: BenchOutOption = None,
 ) -> None:
     """Measure dream steps per second.
 
@@ -269,7 +273,94 @@ def bench_dream(
     with _errors():
         from raywm.bench.dream import main as measure
 
-        measure(seconds=seconds, as_json=as_json)
+        measure(seconds=seconds, as_json=as_json, out=out)
+
+
+@bench.command("collect")
+def bench_collect(
+    environments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[ENV|PRESET]...",
+            help="What to play.",
+            show_default="CartPole-v1, CarRacing-v3 and doom-take-cover-small",
+        ),
+    ] = None,
+    seconds: TurnSecondsOption = 10.0,
+    turns: TurnsOption = 5,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Measure environment steps per second.
+
+    Two collectors and a shard on Ray, against two bare processes that only step, and against RLlib's EnvRunners.
+
+    \b
+    Example: raywm bench collect CarRacing-v3 --seconds 20
+    """
+    with _errors():
+        from raywm.bench.collect import main as measure
+
+        measure(environments, seconds=seconds, turns=turns, as_json=as_json, out=out)
+
+
+@bench.command("replay")
+def bench_replay(
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Instead: memory used, a cold page cache, and a day of appends.")
+    ] = False,
+    budget_mb: Annotated[float, typer.Option("--budget", min=1, help="With --memory: the budget in MB.")] = 256.0,
+    rows: Annotated[int, typer.Option(min=1, help="With --memory: rows of the day.")] = 86_400_000,
+    seconds: TurnSecondsOption = 3.0,
+    turns: TurnsOption = 7,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Measure sequences per second out of a replay.
+
+    Batches of 16 x 64 images, against a plain copy in memory and RLlib's buffer, and through a Ray shard; or, with
+    --memory, what a buffer of four times a memory budget takes.
+
+    \b
+    Example: raywm bench replay --memory --out memory.json
+    """
+    with _errors():
+        if memory:
+            from raywm.bench.memory import main as measure_memory
+
+            measure_memory(budget_mb, rows, seconds=seconds, turns=turns, as_json=as_json, out=out)
+        else:
+            from raywm.bench.replay import main as measure
+
+            measure(seconds=seconds, turns=turns, as_json=as_json, out=out)
+
+
+@bench.command("scale")
+def bench_scale(
+    collectors: Annotated[
+        str, typer.Option(metavar="N[,N]...", help="Numbers of collectors, each a process.")
+    ] = "8,16,32",
+    seconds: TurnSecondsOption = 10.0,
+    turns: TurnsOption = 5,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Measure how many collectors one driver bears.
+
+    Collectors of environments that only sleep, against the ideal; and the driver's share of a core. --out also gets
+    the curve, as a PNG beside the JSON.
+
+    \b
+    Example: raywm bench scale --collectors 8,16 --out scale.json
+    """
+    with _errors():
+        try:
+            counts = [int(count) for count in collectors.split(",")]
+        except ValueError:
+            raise ValueError(f"--collectors {collectors!r}, expected numbers like 8,16,32") from None
+        from raywm.bench.scale import main as measure
+
+        measure(counts, seconds=seconds, turns=turns, as_json=as_json, out=out)
 
 
 def _run(

@@ -229,11 +229,15 @@ def test_dream_report_and_bench(world):
     assert "dream.mp4" in raywm("dream", "a", "--video").stdout
     assert "a/report.html" in raywm("report", "a").stdout
     assert raywm("bench", "dream", "--seconds", "2").exit_code == 0
-    assert world.calls[-1] == ("bench", {"seconds": 2.0, "as_json": False})
+    assert world.calls[-1] == ("bench", {"seconds": 2.0, "as_json": False, "out": None})
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("train",), ("collect",), ("evaluate",), ("dream",), ("report",), ("bench", "dream")]
+    "command",
+    [
+        *[(), ("train",), ("collect",), ("evaluate",), ("dream",), ("report",)],
+        *[("bench", what) for what in ("dream", "collect", "replay", "scale")],
+    ],
 )
 def test_help_is_one_screen_with_an_example(command):
     result = raywm(*command, "--help")

@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 from raywm import config as configs
-from raywm.agent import RandomAgent, _draw
+from raywm.agent import RandomAgent
+from raywm.bench.bare import FLOOR, PLAIN, columns_of, plain_loop, wrapped_loop
 from raywm.bench.common import Group, Say, Work, cell, cpu_seconds, finish, machine, ratio, spread
 from raywm.config import CollectConfig, EnvConfig, ReplayConfig
 from raywm.envs import make_env
@@ -51,9 +52,8 @@ from raywm.spaces import ActionCodec
 ENVIRONMENTS = ("CartPole-v1", "CarRacing-v3", "doom-take-cover-small")
 PROCESSES = 2
 CHEAP_RATE = 10_000.0  # steps/s of one process from which an environment is cheap: 8 of them are played at once
-DRAWN = 4096  # actions of a bare loop that are drawn at once
 BUSY = 0.03  # of a core: what contenders that wait may use without being mentioned
-FLOOR, PLAIN, RAYWM, FAST, RLLIB = "floor", "floor, plain gymnasium", "raywm", "raywm --fast", "RLlib EnvRunners"
+RAYWM, FAST, RLLIB = "raywm", "raywm --fast", "RLlib EnvRunners"
 POLICY = "RLlib EnvRunners, default policy"
 TARGETS = {  # of the ratios of the environments that are measured by default
     "CartPole-v1": {
@@ -79,49 +79,6 @@ class Contender(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------------ bare loops
-
-
-def wrapped_loop(env: dict[str, Any], envs: int) -> dict[str, Work]:
-    """Steps `envs` environments in turn, each observation into an array that is there already."""
-    made = [make_env(env) for _ in range(envs)]
-    codec, rng, rows = ActionCodec(made[0].action_space), np.random.default_rng(0), 64
-    seen = {name: np.zeros((rows, envs, *box.shape), box.dtype) for name, box in _columns(made[0]).items()}
-    for index, one in enumerate(made):
-        one.reset(seed=index)
-
-    def work() -> float:
-        actions = _draw(codec, rng, rows * envs).reshape(rows, envs, *codec.shape)
-        for t in range(rows):
-            for index, one in enumerate(made):
-                obs, _, terminated, truncated, _ = one.step(actions[t, index])
-                for name, column in seen.items():
-                    column[t, index] = obs[name]
-                if terminated or truncated:
-                    one.reset()
-        return float(rows * envs)
-
-    return {FLOOR: work}
-
-
-def plain_loop(id: str) -> dict[str, Work]:
-    """Steps one `gymnasium.make(id)` and looks at nothing."""
-    env = gym.make(id, disable_env_checker=True)
-    codec, rng = ActionCodec(env.action_space), np.random.default_rng(0)
-    env.reset(seed=0)
-
-    def work() -> float:
-        drawn = _draw(codec, rng, DRAWN)
-        for action in drawn.tolist() if codec.kind == "discrete" else drawn:
-            _, _, terminated, truncated, _ = env.step(action)
-            if terminated or truncated:
-                env.reset()
-        return float(DRAWN)
-
-    return {PLAIN: work}
-
-
-def _columns(env: gym.Env) -> dict[str, gym.spaces.Box]:
-    return dict(env.observation_space.spaces)  # type: ignore[attr-defined]
 
 
 class Bare:
@@ -202,7 +159,7 @@ class OnRay:
 
     def __init__(self, env: EnvConfig, envs: int, directory: Path, workers: int = PROCESSES):
         made = make_env(env)
-        columns, codec = _columns(made), ActionCodec(made.action_space)
+        columns, codec = columns_of(made), ActionCodec(made.action_space)
         made.close()
         # the oldest is dropped: what is measured is collecting, not the size of this disk
         replay, collect = ReplayConfig(capacity_mb=512), CollectConfig(workers=workers, envs=envs)
@@ -257,7 +214,7 @@ class OneColumn(gym.ObservationWrapper):
     def __init__(self, config: Any):
         made = make_env(dict(config))
         super().__init__(made)
-        ((self.name, self.observation_space),) = _columns(made).items()
+        ((self.name, self.observation_space),) = columns_of(made).items()
 
     def observation(self, observation: Any) -> np.ndarray:
         return observation[self.name]

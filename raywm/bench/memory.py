@@ -3,8 +3,8 @@
 - budget: frames of four times a memory budget are appended to a store and sampled from it. The process's anonymous and
   shared memory (RssAnon + RssShmem: not the page cache, which the system takes back when it wants to) is to stay within
   the budget and a fifth;
-- cold: batches from that store when none of its pages is in memory, dropped before each batch, as a share of the rate at
-  which this disk gives the same files from their beginnings to their ends, as cold; and warm ones;
+- cold: batches from that store when none of its pages is in memory, dropped before each batch, as a share of the rate
+  at which this disk gives the same files from their beginnings to their ends, as cold; and warm ones;
 - a day: rows of small observations go through a store with a capacity, which a prioritised replay follows, and memory
   and open files are counted on the way. By default as many as a thousand a second make in 24 hours.
 
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from raywm.bench.common import Say, cell, finish, machine, ratio, spread
-from raywm.bench.replay import CODEC, COLUMNS, EPISODE, SHAPE, B, T, episodes
+from raywm.bench.replay import CODEC, COLUMNS, SHAPE, B, T, episodes
 from raywm.data.episode import piece_header, to_block
 from raywm.data.replay import Replay
 from raywm.data.store import EpisodeStore
@@ -237,7 +237,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     most = max(b["appending_mb"], b["sampling_mb"])
     console.print(
         f"{b['stored_mb']:,.0f} MB stored with a budget of {b['budget_mb']:g} MB: anonymous and shared memory at most "
-        f"{b['appending_mb']:.0f} MB appending, {b['sampling_mb']:.0f} MB sampling ({b['before_mb']:.0f} MB of it before "
+        f"{b['appending_mb']:.0f} MB appending, {b['sampling_mb']:.0f} MB sampling ({b['before_mb']:.0f} MB before "
         f"the first row): {100 * most / b['limit_mb']:.0f}% of what it may ({b['limit_mb']:.0f} MB)"
     )
     found, turns = result["cold"], result["turns"]

@@ -10,8 +10,8 @@ In one run and in turns, from 100,000 frames in episodes of 500:
 - through a Ray shard: the same batches by `ShardedReplay`, one after another; and as a training step of 50 ms (a sleep)
   sees them behind a `Prefetch`: how long it waits.
 
-Contenders live in processes of their own, and only one is at work at a time. A ratio is the median of the ratios of each
-turn. `--memory` is in ``raywm.bench.memory``.
+Contenders live in processes of their own, and only one is at work at a time. A ratio is the median of the ratios of
+each turn. `--memory` is in ``raywm.bench.memory``.
 """
 
 from __future__ import annotations

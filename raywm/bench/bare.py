@@ -1,4 +1,4 @@
-"""Bare loops over environments, the floor of ``raywm bench collect``: nothing of Ray and no torch in their processes."""
+"""Bare loops over environments, the floor of ``raywm bench collect``: no Ray and no torch in their processes."""
 
 from __future__ import annotations
 

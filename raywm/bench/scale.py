@@ -15,8 +15,10 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from raywm.bench.collect import OnRay, rate, steps_of
 from raywm.bench.common import Say, cell, cpu_seconds, finish, machine, spread
 from raywm.config import EnvConfig
 from raywm.runtime.cluster import connect
+from raywm.runtime.pool import WorkerPool, _Call, _Slot
 
 COLLECTORS = (8, 16, 32)
 ENVS, SECONDS_A_STEP = 4, 0.0025
@@ -145,30 +148,51 @@ def per_unit(measured: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def project(measured: Sequence[dict[str, Any]], nodes: Sequence[int] = NODES) -> dict[str, Any]:
-    """What each process would see on `nodes` nodes, each of a shard and as many collectors as the most measured."""
+def search_us(workers: int) -> float:
+    """Microseconds that a pool of so many workers, each with a unit, takes to find who gets the next one."""
+    slots = [_Slot(i, ready=True, calls=deque([_Call(None, "")])) for i in range(workers)]  # type: ignore[arg-type]
+    pool: Any = SimpleNamespace(_slots=slots, _inflight=2)
+    WorkerPool._free_slot(pool, False)
+    began, repeats = time.perf_counter(), max(10, 20_000 // workers)
+    for _ in range(repeats):
+        WorkerPool._free_slot(pool, False)
+    return 1e6 * (time.perf_counter() - began) / repeats
+
+
+def project(
+    measured: Sequence[dict[str, Any]], nodes: Sequence[int] = NODES, search: Callable[[int], float] = search_us
+) -> dict[str, Any]:
+    """What each process would see on `nodes` nodes, each of a shard and as many collectors as the most measured.
+
+    The driver's cost of a unit is the measured one and the `search` for a free worker, which grows with their number
+    (and is next to nothing in what was measured).
+    """
     most, costs = max(measured, key=lambda m: m["collectors"]), per_unit(measured)
-    units, per = most["units_per_second"]["median"], most["stored"]  # of one node
-    blocks = units * most["blocks_per_unit"]
-    rows = most["steps_per_second"]["median"]
+    collectors, units, per = most["collectors"], most["units_per_second"]["median"], most["stored"]  # of one node
+    blocks, steps = units * most["blocks_per_unit"], most["steps_per_second"]["median"]
     node = {
-        "collectors": most["collectors"],
+        "collectors": collectors,
         "shard_messages_per_second": 2 * blocks,
-        "shard_bytes_per_second": rows * per["bytes"] / per["rows"],
+        "shard_bytes_per_second": steps * per["bytes"] / per["rows"],
         "shard_cores": costs["shard_cores_at_rest"] + blocks * costs["shard_ms_per_block"] / 1e3,
-        "collector_messages_per_second": 2 * (units + blocks) / most["collectors"],
+        "collector_messages_per_second": 2 * (units + blocks) / collectors,
     }
-    cluster = [
-        {
-            "nodes": count,
-            "driver_messages_per_second": 2 * units * count,
-            "driver_bytes_per_second": most["driver_bytes_per_second"]["median"] * count,
-            "driver_cores": costs["driver_cores_at_rest"] + units * count * costs["driver_ms_per_unit"] / 1e3,
-            "storage_bytes_per_second": node["shard_bytes_per_second"] * count,
-        }
-        for count in nodes
-    ]
-    full = (1 - costs["driver_cores_at_rest"]) * 1e3 / costs["driver_ms_per_unit"] / units
+    cluster = []
+    for count in nodes:
+        ms = costs["driver_ms_per_unit"] + search(count * collectors) / 1e3
+        cluster.append(
+            {
+                "nodes": count,
+                "driver_messages_per_second": 2 * units * count,
+                "driver_bytes_per_second": most["driver_bytes_per_second"]["median"] * count,
+                "driver_cores": costs["driver_cores_at_rest"] + units * count * ms / 1e3,
+                "storage_bytes_per_second": node["shard_bytes_per_second"] * count,
+            }
+        )
+    # a n + b n^2 = what is left of a core, for n nodes; b from the longest search
+    a = units * costs["driver_ms_per_unit"] / 1e3
+    b = units * search(max(nodes) * collectors) / max(nodes) / 1e6
+    full = (math.sqrt(a * a + 4 * b * (1 - costs["driver_cores_at_rest"])) - a) / (2 * b)
     return {"costs": costs, "node": node, "cluster": cluster, "nodes_at_a_full_driver_core": full}
 
 

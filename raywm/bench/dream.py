@@ -16,14 +16,8 @@ ratio is the median of the ratios of each turn, because both then met the same n
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +30,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from raywm.bench.common import Group, Work, cell, cores, finish, machine, ratio, spread
 from raywm.controllers import Controller
 from raywm.learners.fitness import DreamWorker
 from raywm.models import build_model
@@ -58,8 +53,6 @@ MODEL: dict[str, Any] = {
     "head_hidden": HEAD,
 }
 TARGETS = {"plain": 1.2, "floor": 0.5}
-
-Work = Callable[[], float]  # does a piece of work and says how much it was
 
 
 class Plain(nn.Module):
@@ -187,46 +180,8 @@ WORKS: dict[str, dict[str, Callable[[int], Work]]] = {
 }
 
 
-def _serve(pipe: Connection, kind: str, threads: int) -> None:
-    """A contender's process: told a name and seconds, answers with amount of work a second."""
-    works = {name: make(threads) for name, make in WORKS[kind].items()}
-    for work in works.values():
-        work()
-    pipe.send("ready")
-    while (order := pipe.recv()) is not None:
-        name, seconds = order
-        done, start = 0.0, time.perf_counter()
-        while (spent := time.perf_counter() - start) < seconds or not done:
-            done += works[name]()
-        pipe.send(done / spent)
-
-
-class _Group:
-    """Processes of one kind that measure at the same time; their rates add up."""
-
-    def __init__(self, kind: str, processes: int, threads: int):
-        context = multiprocessing.get_context("spawn")
-        self.pipes, self.processes = [], []
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, kind, threads), daemon=True)
-            process.start()
-            theirs.close()  # so that a process that dies is an end of file here
-            self.pipes.append(ours)
-            self.processes.append(process)
-        for pipe in self.pipes:
-            pipe.recv()
-
-    def measure(self, name: str, seconds: float) -> float:
-        for pipe in self.pipes:
-            pipe.send((name, seconds))
-        return sum(pipe.recv() for pipe in self.pipes)
-
-    def stop(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
-        for process in self.processes:
-            process.join()
+def _works(kind: str, threads: int) -> dict[str, Work]:
+    return {name: make(threads) for name, make in WORKS[kind].items()}
 
 
 def run(seconds: float = 5.0, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
@@ -236,31 +191,27 @@ def run(seconds: float = 5.0, progress: Callable[[str], None] = lambda _: None) 
         "setups": for "threads" and "processes" a dict of name -> {"median", "min", "max"} in steps/s (matmul: FLOP/s),
         and "ratios" of the units against the plain batch, one rollout a process and the fp32 floor.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    every = cores()
     flop = flop_per_step()
     result: dict[str, Any] = {
         "sizes": {
             **{"latent": LATENT, "hidden": HIDDEN, "mixtures": MIXTURES, "actions": ACTIONS, "head_hidden": HEAD},
             **{"population": POPULATION, "rollouts": ROLLOUTS, "horizon": HORIZON, "turns": TURNS},
         },
-        "machine": {
-            "cores": cores,
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-        },
+        "machine": machine("torch"),
         "flop_per_step": flop,
         "targets": TARGETS,
         "setups": {},
     }
-    setups = {f"1 process x {cores} threads": (1, cores), f"{PROCESSES} processes x 1 thread": (PROCESSES, 1)}
+    setups = {f"1 process x {every} threads": (1, every), f"{PROCESSES} processes x 1 thread": (PROCESSES, 1)}
     before = {k: os.environ.get(k) for k in THREADS}
     os.environ.update(THREADS)  # contenders wait for their threads as the pool's workers do
-    groups: dict[tuple[str, str], _Group] = {}
+    groups: dict[tuple[str, str], Group] = {}
     try:
         for setup, (processes, threads) in setups.items():
             for kind in WORKS:
                 progress(f"starting {kind}, {setup}")
-                groups[setup, kind] = _Group(kind, processes, threads)
+                groups[setup, kind] = Group(_works, (kind, threads), processes)
         rates: dict[str, dict[str, list[float]]] = {s: {name: [] for w in WORKS.values() for name in w} for s in setups}
         for turn in range(TURNS):
             progress(f"turn {turn + 1} of {TURNS}")
@@ -278,16 +229,12 @@ def run(seconds: float = 5.0, progress: Callable[[str], None] = lambda _: None) 
         found[SINGLE] = rates[list(setups)[-1]][SINGLE]
         found["fp32 floor"] = [max(a, b) / flop for a, b in zip(square, shapes, strict=True)]
         ratios = {
-            f"{unit} / {other}": _spread([a / b for a, b in zip(found[unit], found[other], strict=True)])
+            f"{unit} / {other}": ratio(found[unit], found[other])
             for unit in ("unit fp32", "unit bf16")
             for other in ("plain batch", SINGLE, "fp32 floor")
         }
-        result["setups"][setup] = {**{name: _spread(values) for name, values in found.items()}, "ratios": ratios}
+        result["setups"][setup] = {**{name: spread(values) for name, values in found.items()}, "ratios": ratios}
     return result
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
@@ -299,30 +246,17 @@ def _show(result: dict[str, Any], console: Console) -> None:
         for name in ("unit fp32", "unit bf16", "plain batch", SINGLE, "fp32 floor"):
             others = ("plain batch", SINGLE, "fp32 floor")
             ratios = [found["ratios"].get(f"{name} / {other}") for other in others]
-            cells = [_cell(r, 1, 2) if r else "" for r in ratios]
-            table.add_row(name, _cell(found[name], 1e3, 1, "k"), *cells)
+            cells = [cell(r, 1, 2) if r else "" for r in ratios]
+            table.add_row(name, cell(found[name], 1e3, 1, "k"), *cells)
         console.print(table)
         square, shapes = (found[f"matmul, {k}"] for k in ("square", "a step's shapes"))
         better = "square" if square["median"] >= shapes["median"] else "a step's shapes"
         console.print(
             f"floor: {result['flop_per_step'] / 1e6:.3f} MFLOP a step at the higher fp32 rate ({better}); square "
-            f"{_cell(square, 1e9, 0)}, a step's shapes {_cell(shapes, 1e9, 0)} GFLOP/s\n"
+            f"{cell(square, 1e9, 0)}, a step's shapes {cell(shapes, 1e9, 0)} GFLOP/s\n"
         )
 
 
-def _cell(value: dict[str, float], unit: float, digits: int, suffix: str = "") -> str:
-    median, low, high = (f"{value[k] / unit:.{digits}f}{suffix}" for k in ("median", "min", "max"))
-    return f"{median} ({low} to {high})"
-
-
-def main(seconds: float = 5.0, as_json: bool = False, json_path: str | Path | None = None) -> None:
-    """Measure and print a table, or JSON to standard output; `json_path` receives the JSON as well."""
-    notes = Console(stderr=True)
-    with notes.status("starting") as status:
-        result = run(seconds, lambda text: status.update(text))
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
-    if as_json:
-        print(json.dumps(result, indent=2))
-    else:
-        _show(result, Console())
+def main(seconds: float = 5.0, as_json: bool = False, out: str | Path | None = None) -> None:
+    """Measure and print a table, or JSON to standard output; `out` receives the JSON as well."""
+    finish(lambda say: run(seconds, say), _show, as_json, out)

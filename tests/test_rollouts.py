@@ -218,10 +218,11 @@ def test_a_damaged_dataset_is_repaired_at_resume(ray_session, tmp_path):
         assert not data.verify()["ok"]
     again = collect_dataset(small, str(out), episodes=30, policy="random", resume=True)
     assert again["episodes"] == 30 and again["new_steps"] > 0 and again["set_aside"] == [files[0].name]
-    with EpisodeStore(out, read_only=True) as store:
-        assert len(store) == 30
-        for id in store.ids():
-            check_counting(store.get(id))
+    with Dataset(out) as data:
+        report = data.verify()
+        assert report["ok"] and len(data) == 30 and report["left_aside"] == [f"{files[0].name}.damaged"]
+        for episode in data:
+            check_counting(episode)
 
 
 def test_a_killed_collection_goes_on(tmp_path):

@@ -8,6 +8,7 @@ RUN/spaces.json, RUN/episodes/...  the same inside a run's directory
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tempfile
@@ -209,20 +210,20 @@ class Dataset:
         """Hold every byte against its CRC, every episode against the timing rule, every stream against gaps (a run:
         against what its newest checkpoint counts on).
 
-        Returns counts, `damaged` and `doubled` (ids), `invalid` and `broken` ({id: why}), `missing` (ids or
-        "first..last"), `set_aside` (files), `incomplete` (episodes whose end has not come), and `ok`: nothing is
-        damaged, doubled, invalid, missing or set aside. `progress` is called with 1 an episode.
+        Returns counts, `damaged` (ids), `doubled` (ids of episodes that differ between two shards; `twins`, equal ones,
+        are no harm), `invalid` and `broken` ({id: why}), `missing` (ids or "first..last"), `set_aside` (damaged files
+        that are not read; `left_aside`: those of before), `incomplete` (episodes whose end has not come), and `ok`:
+        nothing is damaged, doubled, invalid, missing or set aside. `progress` is called with 1 an episode.
         """
-        everything, doubled = set(self._ids), [id for id in self._ids if len(self._where[id]) > 1]
+        everything = set(self._ids)
+        twins = [id for id in self._ids if len(self._where[id]) > 1]
+        doubled = [id for id in twins if not self._equal(id)]
         reports = {name: store.verify() for name, store in self.shards.items()}
         damaged = sorted(self._damaged.union(*(report["damaged"] for report in reports.values())))
-        set_aside = {
-            f"{name}/{file}".lstrip("/") for name, report in reports.items() for file in report["set_aside"]
-        } | {
-            f"{name}/{file.name}".lstrip("/")
-            for name, store in self.shards.items()
-            for file in store.path.glob("*.damaged")
-        }
+        set_aside = {f"{name}/{file}".lstrip("/") for name, report in reports.items() for file in report["set_aside"]}
+        left = [f"{n}/{f.name}".lstrip("/") for n, store in self.shards.items() for f in store.path.glob("*.damaged")]
+        if self.card is None:  # nothing else tells what was lost with them
+            set_aside |= set(left)
         self._index()  # the stores serve no longer what they found damaged
         invalid: dict[str, str] = {}
         first: Any = None
@@ -250,9 +251,19 @@ class Dataset:
             "bytes": self.bytes,
             "shards": len(self.shards),
             "incomplete": sum(report["incomplete"] for report in reports.values()),
+            "twins": len(twins) - len(doubled),
+            "left_aside": sorted(left),
             "broken": {id: str(info.get("broken", "")) for id, info in self.broken.items()},
             **trouble,
         }
+
+    def _equal(self, id: str) -> bool:
+        """Whether an episode has the same bits wherever it lies; a damaged copy says nothing."""
+        copies = []
+        for name in self._where[id]:
+            with contextlib.suppress(DamagedError, KeyError):
+                copies.append(self.shards[name].get(id).columns())
+        return all(a[c].tobytes() == copies[0][c].tobytes() for a in copies[1:] for c in copies[0])
 
     def _missing(self, known: set[str]) -> list[str]:
         """Gaps in the numbers of each stream, as ids or "first..last"; of a run, what it has accepted and lost."""

@@ -15,6 +15,7 @@ $MINARI_DATASETS_PATH or ~/.minari/datasets, and ``minari.load_dataset("cartpole
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -150,7 +151,7 @@ def _env_spec(env: dict[str, Any] | None) -> dict[str, str]:
     if env.get("action_repeat") not in (None, 1):
         return {}
     try:
-        spec = gym.spec(env["id"])
+        spec = copy.deepcopy(gym.spec(env["id"]))  # gymnasium's registry hands out its own
         spec.kwargs = {**spec.kwargs, **(env.get("kwargs") or {})}
         return {"env_spec": spec.to_json()}
     except (gym.error.Error, TypeError, ValueError):

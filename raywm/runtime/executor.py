@@ -83,7 +83,8 @@ class RayExecutor:
                         "num_cpus": self.threads,
                         "num_gpus": c.fit.num_gpus,
                         # beside the episodes if that node has room: elsewhere they travel through the object store
-                        "scheduling_strategy": NodeAffinitySchedulingStrategy(self.node, soft=True),
+                        "label_selector": {"ray.io/node-id": self.node},
+                        "fallback_strategy": [{"label_selector": {}}],
                     },
                     "timeout_s": None,
                 },

@@ -13,7 +13,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.exceptions import RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywm.checkpoint import atomic_write_json
 from raywm.data.batch import Batch
@@ -288,11 +287,14 @@ class Shards:
         share = None if capacity_bytes is None else capacity_bytes // len(places)
         for name, node in places.items():
             uri = storage if storage is None else f"{storage.rstrip('/')}/{name}".rstrip("/")
-            # the embedded one is where the run directory is; the others may begin again elsewhere, from the storage
-            strategy = NodeAffinitySchedulingStrategy(node, soft=bool(name))
+            # The embedded one is where the run directory is. The others are where their disks are, and begin again
+            # elsewhere, from the storage, only when that node is gone. (A soft NodeAffinity places actors anywhere.)
+            options: dict[str, Any] = {"label_selector": {"ray.io/node-id": node}}
+            if name:
+                options["fallback_strategy"] = [{"label_selector": {}}]
             self.actors.append(
                 ray.remote(ReplayShard)
-                .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=strategy)
+                .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
                 .remote(str(directory / name), uri, columns, codec, segment_bytes, share, seal_s)
             )
         self.ask("where")  # a broken store speaks up here

@@ -281,7 +281,7 @@ def test_results_come_in_order_and_with_their_gaps():
 
 
 def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
-    from raywm.runtime import shards
+    from raywm.runtime import shard as shards
 
     here = Collector(COUNTING, 0, 2)
     shard = shards.ReplayShard(str(tmp_path), None, here.columns, here.codec, 2**20, None, 60.0)

@@ -1,0 +1,245 @@
+"""One shard of a run's replay as a Ray actor, around an episode store.
+
+Importing this module does not import torch, which comes with the store: collectors import it with the shard's handle.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from raywm.data.episode import Episode, join
+
+if TYPE_CHECKING:
+    from raywm.data.batch import Batch
+    from raywm.data.mirror import Mirror
+    from raywm.data.replay import Replay
+    from raywm.data.store import EpisodeStore
+    from raywm.loops.parts import Played
+
+SYNC_S = 1.0  # how often a shard looks for segments to seal and to upload
+READ_BYTES = 64 * 2**20  # of episodes in one answer to a reader on another node
+Law = tuple[tuple[str, Any], ...]  # arguments of a `Replay`, sorted: a law by which samples are drawn
+
+
+class ReplayShard:
+    """One shard: appends what collectors hand it to local disk, and copies sealed segments to `storage`.
+
+    Every method may be repeated: a duplicate changes nothing, so calls lost with this actor are simply made again. A
+    shard that is restarted, on this node or another, fetches from `storage` what its disk lacks.
+
+    Args:
+        path: its directory on the node it runs on; storage: a URI, or None.
+        columns, codec: of the environment; segment_bytes, capacity_bytes: of the ``EpisodeStore``.
+        seal_s: an open segment is sealed, and so uploaded, at the latest after this many seconds.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        storage: str | None,
+        columns: dict[str, Any],
+        codec: Any,
+        segment_bytes: int,
+        capacity_bytes: int | None,
+        seal_s: float,
+    ):
+        self.path, self.storage, self.columns, self.codec = Path(path), storage, columns, codec
+        self.segment_bytes, self.capacity_bytes, self.seal_s = segment_bytes, capacity_bytes, seal_s
+        self._store: EpisodeStore | None = None
+        self._mirror: Mirror | None = None
+        self._syncing = threading.Lock()
+        self._closed = threading.Event()
+        self._began: tuple[int, float] = 0, 0.0  # the open segment's number, and since when it holds something
+        self.uploaded: dict[str, int] = {}
+        self._replays: dict[Law, Replay] = {}
+        self._buffers: dict[tuple[int, int], Batch] = {}
+        self.trouble: str | None = None  # of the last upload
+
+    @property
+    def store(self) -> EpisodeStore:
+        """Opened by the first call and not by the constructor, whose errors Ray would not pass on as themselves."""
+        if self._store is None:
+            self._store = self._open()
+            if self.storage or self.seal_s:
+                threading.Thread(target=self._watch, daemon=True, name="shard-sync").start()
+        return self._store
+
+    def _open(self) -> EpisodeStore:
+        from raywm.data.mirror import Mirror
+        from raywm.data.store import EpisodeStore
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        arguments: dict[str, Any] = {"segment_bytes": self.segment_bytes, "capacity_bytes": self.capacity_bytes}
+        if self.storage is None:
+            return EpisodeStore(self.path, self.columns, self.codec, **arguments)
+        self._mirror = Mirror(self.storage)
+        self._mirror.restore(self.path, self.capacity_bytes)
+        store = EpisodeStore(self.path, self.columns, self.codec, **arguments)
+        if store.set_aside:  # damaged here, perhaps whole there
+            store.close()
+            self._mirror.restore(self.path, self.capacity_bytes)
+            store = EpisodeStore(self.path, self.columns, self.codec, **arguments)
+        self.uploaded = self._mirror.names()
+        return store
+
+    # ----------------------------------------------------------------------------------------- what collectors say
+
+    def add(self, block: pa.Table) -> int:
+        """Append a block of pieces; it is acknowledged when this returns."""
+        return self.store.add(block)
+
+    def mark(self, id: str, info: dict[str, Any]) -> None:
+        """Keep a broken episode out."""
+        self.store.mark(id, info)
+
+    # ----------------------------------------------------------------------------------------- what the run asks
+
+    def stored(self, stream: str, first: int) -> list[Played]:
+        """Which episodes of a stream are here, from number `first` on."""
+        from raywm.loops.parts import stored
+
+        return stored(self.store, stream, first)
+
+    def which(self, stream: str, numbers: Sequence[int]) -> list[Played]:
+        """Which of these episodes of a stream are here."""
+        from raywm.loops.parts import stored
+
+        return stored(self.store, stream, numbers=numbers)
+
+    def streams(self) -> set[str]:
+        """What the ids of its episodes begin with, up to their numbers."""
+        return {id.rpartition("-")[0] for id in self.store.ids()}
+
+    # ----------------------------------------------------------------------------------------- sampling
+
+    def open_replay(self, law: Law, shard: int, until: dict[str, Any] | None = None) -> None:
+        """Begin to serve samples by a law (see `ShardedReplay`); `until`: see `Replay`."""
+        from raywm.data.replay import Replay
+
+        self._replays[law] = Replay(self.store, self.codec, shard=shard, until=until, **dict(law))
+
+    def _replay(self, law: Law, shard: int) -> Replay:
+        if law not in self._replays:  # this actor was restarted since
+            self.open_replay(law, shard)
+        return self._replays[law]
+
+    def mass(self, law: Law, shard: int) -> tuple[int, float]:
+        """Rows that can be drawn, and what they weigh against those of other shards."""
+        replay = self._replay(law, shard)
+        return len(replay), replay.mass
+
+    def sample(
+        self, law: Law, shard: int, B: int, T: int, seed: int, held: bool, density: float | None
+    ) -> tuple[dict[str, np.ndarray], list[str], np.ndarray | None, tuple[int, float]]:
+        """B sequences of T rows: arrays by the names of `Batch.tensors`, which travel without pickling; ids, keys and
+        the new ``mass``."""
+        replay, buffer = self._replay(law, shard), self._buffers.get((B, T))
+        batch = replay.sample(B, T, np.random.default_rng(seed), out=buffer, held=held, density=density)
+        self._buffers = {(B, T): batch}  # what is returned is copied into the object store, and this is filled again
+        arrays = {name: tensor.numpy() for name, tensor in batch.tensors().items()}
+        return arrays, batch.ids, batch.keys, (len(replay), replay.mass)
+
+    def update(self, law: Law, shard: int, keys: np.ndarray, priorities: np.ndarray) -> None:
+        """See `Replay.update`."""
+        self._replay(law, shard).update(keys, priorities)
+
+    def replay_mark(self, law: Law, shard: int) -> dict[str, Any]:
+        """See `Replay.mark`."""
+        return self._replay(law, shard).mark
+
+    def release(self, law: Law, shard: int) -> None:
+        """See `Replay.release`."""
+        self._replay(law, shard).release()
+
+    # ----------------------------------------------------------------------------------------- reading
+
+    def where(self) -> tuple[str, str]:
+        """Node and path, for readers that can map the segments themselves."""
+        return ray.get_runtime_context().get_node_id(), str(self.store.path)
+
+    def read(self, ids: Sequence[str]) -> tuple[pa.Table | None, int]:
+        """As many of these episodes, from the first on, as fit in one answer; and how many ids it went through."""
+        episodes: list[Episode] = []
+        size = 0
+        for count, id in enumerate(ids):
+            episodes += self.store.readable([id])
+            size += sum(c.nbytes for c in episodes[-1].columns().values()) if episodes else 0
+            if size > READ_BYTES:
+                return join(episodes), count + 1
+        return (join(episodes) if episodes else None), len(ids)
+
+    def stats(self) -> dict[str, Any]:
+        """What it holds, and how far its uploads are."""
+        store = self.store
+        sealed = store.segments()
+        return {
+            "episodes": len(store),
+            "steps": store.steps,
+            "broken": len(store.broken),
+            "bytes": store.bytes,
+            "segments": len(sealed),
+            "to_upload": sum(p.name not in self.uploaded for p in sealed) if self.storage else 0,
+            "trouble": self.trouble,
+            "set_aside": list(store.set_aside),
+        }
+
+    def verify(self) -> dict[str, Any]:
+        """Hold every byte against its CRC; see `EpisodeStore.verify`."""
+        return self.store.verify()
+
+    def settle(self) -> None:
+        """Bring what was written onto the disk, and to `storage`."""
+        self.store.seal()
+        if self._mirror is not None:
+            self._sync()
+
+    def close(self) -> None:
+        self._closed.set()
+        self.settle()
+        self.store.close()
+
+    # ----------------------------------------------------------------------------------------- copies
+
+    def _watch(self) -> None:
+        """Seal what has been open for long, and upload what is sealed, until the end of this process."""
+        while not self._closed.wait(SYNC_S):
+            try:
+                self._seal_the_old()
+                if self._mirror is not None:
+                    self._sync()
+                    self.trouble = None
+            except Exception as error:  # the storage may be away for a while: `stats` says so, and it is tried again
+                self.trouble = f"{type(error).__name__}: {error}"
+
+    def _seal_the_old(self) -> None:
+        number, since = self._began
+        with self.store.lock:
+            last = self.store.opened()
+            if last is None:
+                return
+            if last != number:
+                self._began = last, time.monotonic()
+            elif time.monotonic() - since > self.seal_s:
+                self.store.seal()
+
+    def _sync(self) -> None:
+        assert self._mirror is not None
+        with self._syncing:
+            sealed = {path.name: path for path in self.store.segments()}
+            for name, path in sealed.items():
+                if name not in self.uploaded and path.exists():
+                    self._mirror.upload(path)
+                    self.uploaded[name] = path.stat().st_size
+            if self.capacity_bytes is not None:  # what was evicted here goes there too
+                gone = set(self.uploaded) - set(sealed)
+                self._mirror.remove(gone)
+                for name in gone:
+                    del self.uploaded[name]

@@ -209,12 +209,14 @@ class Part:
 
 
 class OneColumn(gym.ObservationWrapper):
-    """`make_env`'s environment with its only column as the observation, as RLlib's default models take it."""
+    """`make_env`'s environment with its largest column as the observation: RLlib's default models take one."""
 
     def __init__(self, config: Any):
         made = make_env(dict(config))
         super().__init__(made)
-        ((self.name, self.observation_space),) = columns_of(made).items()
+        columns = columns_of(made)
+        self.name = max(columns, key=lambda name: int(np.prod(columns[name].shape)))
+        self.observation_space = columns[self.name]
 
     def observation(self, observation: Any) -> np.ndarray:
         return observation[self.name]

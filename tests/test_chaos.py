@@ -55,13 +55,14 @@ print(json.dumps(collect_dataset(config, out, episodes=int(sys.argv[4]), policy=
 """
 
 
-def processes(name):
-    """Ray workers by what their actor is called."""
+def processes(name, nodes):
+    """Ray workers on these nodes by what their actor is called."""
     found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if line.startswith("ray::") and name in line:
-            found.append(process.info["pid"])
+    for pid in [pid for node in nodes for pid in raylets(node)]:
+        for process in psutil.Process(pid).children() if psutil.pid_exists(pid) else []:
+            line = " ".join(process.cmdline()) if process.is_running() else ""
+            if line.startswith("ray::") and name in line:
+                found.append(process.pid)
     return found
 
 
@@ -105,10 +106,10 @@ def test_collection_survives_everything(tmp_path, monkeypatch):
         for turn in range(SECONDS // 2):
             time.sleep(2)
             assert driver.poll() is None, Path(log).read_text()
-            if collectors := processes("_Host"):
+            if collectors := processes("_Host", cluster.list_all_nodes()):
                 killed["collector"] += kill(rng.choice(collectors))
             if turn == 7:
-                killed["shard"] += kill(rng.choice(processes("ReplayShard")))
+                killed["shard"] += kill(rng.choice(processes("ReplayShard", cluster.list_all_nodes())))
             if turn == 14:
                 places = json.loads((out / "shards.json").read_text())
                 assert len(places) == 3
@@ -153,10 +154,7 @@ def raylets(node):
 
 def shard_of(node, out):
     """The directory of the shard that lives on a node: its actor's process is a child of the node's raylet."""
-    for pid in processes("ReplayShard"):
-        process = psutil.Process(pid)
-        if process.ppid() in raylets(node):
-            return next(
-                name for name in sorted(os.listdir(out)) if any(str(out / name) in f.path for f in process.open_files())
-            )
+    for pid in processes("ReplayShard", [node]):
+        held = [file.path for file in psutil.Process(pid).open_files()]
+        return next(name for name in sorted(os.listdir(out)) if any(str(out / name) in path for path in held))
     raise AssertionError("no shard on that node")

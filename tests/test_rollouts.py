@@ -21,6 +21,7 @@ from raywm.envs.classic import check_counting
 from raywm.loops.parts import in_order
 from raywm.runtime.collect import collect_dataset
 from raywm.seeding import derive
+from raywm.spaces import columns_to_json
 
 COUNTING = EnvConfig(id="raywm/Counting-v0")
 
@@ -281,10 +282,11 @@ def test_results_come_in_order_and_with_their_gaps():
 
 
 def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
+    from raywm.data.episode import from_block
     from raywm.runtime import shard as shards
 
     here = Collector(COUNTING, 0, 2)
-    shard = shards.ReplayShard(str(tmp_path), None, here.columns, here.codec, 2**20, None, 60.0)
+    shard = shards.ReplayShard(str(tmp_path), None, columns_to_json(here.columns), here.codec, 2**20, None, 60.0)
     episodes = {e.id: e for e in here.collect(RandomAgent(here.codec), range(8))}
     assert shard.add(join(list(episodes.values())[:5])) == 5
     assert [shard.add(to_table(e)) for e in list(episodes.values())[5:]] == [1, 1, 1]
@@ -292,7 +294,7 @@ def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
     wanted, got = [*sorted(episodes), "collect-000000099"], []
     while wanted:
         block, count = shard.read(wanted)
-        got += shards.from_block(block) if block is not None else []
+        got += from_block(block) if block is not None else []
         assert count >= 1
         wanted = wanted[count:]
     assert [e.id for e in got] == sorted(episodes)

@@ -181,9 +181,11 @@ class Rollouts:
     def _size(self, left: float | None) -> int:
         """Episodes of the next unit: about a second of one collector's work, less where little is left."""
         size = min(round(self._pace * UNIT_S), UNIT_MOST)
+        least = self.config.envs
         if left is not None and math.isfinite(left):
             size = min(size, round(left / (2 * self.config.workers)))
-        return max(size, self.config.envs if left is None else 1)
+            least = min(least, max(1, math.ceil(left / self.config.workers)))
+        return max(size, least)
 
     def _measure(self, since: float, episodes: int) -> None:
         """From order to answer, of which up to two are with a collector at once."""

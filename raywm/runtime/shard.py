@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 
 from raywm.data.episode import Episode, join
+from raywm.spaces import columns_from_json
 
 if TYPE_CHECKING:
     from raywm.data.batch import Batch
@@ -37,7 +38,7 @@ class ReplayShard:
 
     Args:
         path: its directory on the node it runs on; storage: a URI, or None.
-        columns, codec: of the environment; segment_bytes, capacity_bytes: of the ``EpisodeStore``.
+        columns (as ``columns_to_json`` gives them: a restart must find its arguments), codec: of the environment; segment_bytes, capacity_bytes: of the ``EpisodeStore``.
         seal_s: an open segment is sealed, and so uploaded, at the latest after this many seconds.
     """
 
@@ -45,13 +46,13 @@ class ReplayShard:
         self,
         path: str,
         storage: str | None,
-        columns: dict[str, Any],
+        columns: Mapping[str, Any],
         codec: Any,
         segment_bytes: int,
         capacity_bytes: int | None,
         seal_s: float,
     ):
-        self.path, self.storage, self.columns, self.codec = Path(path), storage, columns, codec
+        self.path, self.storage, self.columns, self.codec = Path(path), storage, columns_from_json(columns), codec
         self.segment_bytes, self.capacity_bytes, self.seal_s = segment_bytes, capacity_bytes, seal_s
         self._store: EpisodeStore | None = None
         self._mirror: Mirror | None = None

@@ -18,6 +18,7 @@ from raywm.data.shards import allot, merge, shards_of
 from raywm.data.store import EpisodeStore
 from raywm.loops.parts import Played
 from raywm.runtime.shard import ReplayShard
+from raywm.spaces import columns_to_json
 
 
 def place(directory: Path, on_nodes: bool) -> dict[str, str]:
@@ -80,7 +81,7 @@ class Shards:
             self.actors.append(
                 ray.remote(ReplayShard)
                 .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, **options)
-                .remote(str(directory / name), uri, columns, codec, segment_bytes, share, seal_s)
+                .remote(str(directory / name), uri, columns_to_json(columns), codec, segment_bytes, share, seal_s)
             )
         self.ask("where")  # a broken store speaks up here
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +26,16 @@ from raywm.spaces import ActionCodec
 MODES = ("steps", "episodes", "recent", "prioritized")
 TAIL, OPEN = 64, 1024  # what a mark names: the last episodes that completed, and the newest that had not
 SHARD_BITS = 48  # a key's low bits are the row's, the others its shard's
+SHARED_BYTES = 1 << 20  # from which it pays to wake another thread for half of the copying
+_HELPER = ThreadPoolExecutor(1, "raywm-replay-copy")
+
+
+def _after_fork() -> None:
+    global _HELPER
+    _HELPER = ThreadPoolExecutor(1, "raywm-replay-copy")  # a child has not the thread of its parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
 EPSILON = 1e-6  # added to priorities, so that a sequence with none can be drawn again (Schaul et al., section 3.3)
 
 Part = tuple[Mapping[str, np.ndarray], int, int]  # columns of a block, a piece's first row in them, its rows
@@ -383,9 +395,14 @@ class Replay:
         self.codec.encode(action, out=to["action"])  # (B*T,*shape) -> (B*T,A)
         for where in zero:
             to["action"][where] = 0
-        for name, column in images.items():  # last: they drive all else out of the caches
-            for columns, source, place in pieces:
-                column[place] = columns[name][source]
+        # last: they drive all else out of the caches
+        copies = [(to[n], place, columns[n], source) for columns, source, place in pieces for n in images]
+        if sum(column[place].nbytes for column, place, *_ in copies[:1]) * len(copies) < SHARED_BYTES:
+            _copy(copies)
+        else:  # numpy copies without the interpreter's lock: another core takes half
+            other = _HELPER.submit(_copy, copies[::2])
+            _copy(copies[1::2])
+            other.result()
         self._ahead.copied(before)
 
     # Priorities
@@ -411,6 +428,11 @@ class Replay:
             here = self._tree[keys] > 0
             self._tree.set(keys[here], new[here])
             self._top = max(self._top, float(new.max(initial=0)))
+
+
+def _copy(copies: Sequence[tuple[np.ndarray, slice, np.ndarray, slice]]) -> None:
+    for to, place, column, source in copies:
+        to[place] = column[source]
 
 
 class Span(NamedTuple):

@@ -38,7 +38,8 @@ class ReplayShard:
 
     Args:
         path: its directory on the node it runs on; storage: a URI, or None.
-        columns (as ``columns_to_json`` gives them: a restart must find its arguments), codec: of the environment; segment_bytes, capacity_bytes: of the ``EpisodeStore``.
+        columns (as ``columns_to_json`` gives them, so that a restart finds its arguments) and
+            codec: of the environment; segment_bytes, capacity_bytes: of the ``EpisodeStore``.
         seal_s: an open segment is sealed, and so uploaded, at the latest after this many seconds.
     """
 

@@ -150,10 +150,23 @@ def test_two_processes_do_not_write_one_run(world):
     assert "is being written by another process" in inner[0]
 
 
-def test_collect_then_train(world):
-    result = raywm("collect", "cartpole", "--out", "a b")
-    assert result.exit_code == 0 and world.calls[1][0] == "collect"
-    assert "raywm train cartpole --out 'a b' --resume" in result.stdout
+def test_collect(world):
+    made = []
+    world.module("raywm.runtime.collect", collect_dataset=lambda *a, **k: made.append((a, k)) or {"episodes": 3})
+    result = raywm("collect", "cartpole", "--out", "a b", "--episodes", "3", "collect.workers=4", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout) == {"episodes": 3}
+    ((config, out), options) = made[0]
+    assert out == "a b" and config.collect.workers == 4 and options["episodes"] == 3 and not options["resume"]
+    assert "'a b'" in options["made_with"]
+    assert raywm("collect", "Pendulum-v1", "seed=2").exit_code == 0
+    assert made[1][0][0].env.id == "Pendulum-v1" and made[1][0][1] == "data/Pendulum-v1-seed2"
+
+    def interrupted(*a, **k):
+        raise KeyboardInterrupt
+
+    world.module("raywm.runtime.collect", collect_dataset=interrupted)
+    result = raywm("collect", "cartpole", "--steps", "5", "--fast")
+    assert result.exit_code == 130 and "--steps 5 --fast --resume" in result.output
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ HEADER, HEADER_CRC = b"raywm", b"raywm.crc"
 
 
 class DamagedError(OSError):
-    """Bytes on disk are not what was written."""
+    """Bytes on disk are not what was written. `rest`: the segment, with the blocks of it that are whole."""
+
+    rest: Segment | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -96,7 +98,9 @@ class Segment:
         if open and not segment.pieces and len(buffer) >= 4 and buffer[:4].to_pybytes() != END[:4]:
             raise DamagedError(f"not an Arrow stream ({trouble})")
         if not open and trouble:
-            raise DamagedError(trouble)
+            error = DamagedError(trouble)
+            segment._map, error.rest = buffer, segment
+            raise error
         if open:
             # A truncation under a mapping is a bus error; what may still be cut is read, not mapped.
             segment._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -105,8 +109,8 @@ class Segment:
         return segment
 
     def _walk(self, buffer: pa.Buffer) -> str:
-        """Index all whole blocks; what ended the walk early, or "" at a proper end."""
-        source = pa.BufferReader(buffer)
+        """Index all whole blocks; what is wrong with the others, or ended the walk early, or ""."""
+        source, trouble = pa.BufferReader(buffer), ""
         try:
             with pa.ipc.open_stream(source) as reader:
                 self.schema = reader.schema
@@ -117,7 +121,9 @@ class Segment:
                     if meta is None or HEADER not in meta:
                         return "a record batch without raywm's header"
                     if str(zlib.crc32(meta[HEADER])).encode() != meta[HEADER_CRC]:
-                        return f"the header of the block at byte {self.end} does not match its CRC"
+                        trouble = trouble or f"the header of the block at byte {self.end} does not match its CRC"
+                        self.end = source.tell()
+                        continue
                     header = _parse(meta[HEADER])
                     if header.get("start_crc", start_crc) != start_crc:
                         return "the schema does not match its CRC"
@@ -131,9 +137,9 @@ class Segment:
         except StopIteration:
             rest = len(buffer) - self.end
             self.ended = rest == len(END)
-            return "" if rest in (0, len(END)) else f"{rest} bytes after the end of the stream"
+            return trouble or ("" if rest in (0, len(END)) else f"{rest} bytes after the end of the stream")
         except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-            return str(error)
+            return trouble or str(error)
 
     def _index(self, block: Block, headers: list[dict[str, Any]]) -> list[Piece]:
         start, pieces = 0, []
@@ -177,6 +183,20 @@ class Segment:
         block = Block(self, self.end, len(data), batch.num_rows, crc, self._head(data, head), checked=True)
         self.end += len(data)
         return self._index(block, meta["pieces"])
+
+    def save(self, path: Path) -> None:
+        """Write the blocks that this segment has as a sealed one of their own."""
+        assert self._map is not None
+        part = path.with_name(f"{path.name}.part")
+        blocks = {piece.block.offset: piece.block for piece in self.pieces}
+        with open(part, "wb") as file:
+            file.write(self._map.slice(0, self._start))
+            for block in blocks.values():
+                file.write(self._map.slice(block.offset, block.size))
+            file.write(END)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
 
     def seal(self) -> None:
         """Finish the stream, bring it to disk, and give it its final name at once."""

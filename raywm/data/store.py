@@ -122,9 +122,11 @@ class EpisodeStore:
                 if self._schema is not None and segment.pieces and segment.schema != self._schema:
                     raise DamagedError(f"its columns are {_names(segment.schema)}, not {_names(self._schema)}")
             except DamagedError as error:
-                self._put_aside(path, error)
-                continue
-            if not is_open and not segment.ended:
+                rest = self._put_aside(path, error)
+                if rest is None:
+                    continue
+                segment = rest
+            if not is_open and not segment.ended and name not in self.set_aside:
                 warnings.warn(
                     f"{path} has no end mark: pieces at its end may be missing; the rest is served", stacklevel=3
                 )
@@ -152,17 +154,28 @@ class EpisodeStore:
         segment.seal()
         return segment
 
-    def _put_aside(self, path: Path, error: Exception) -> None:
+    def _put_aside(self, path: Path, error: DamagedError) -> Segment | None:
+        """Rename a damaged file; the blocks of it that are whole, as a segment in its place."""
         self.set_aside.append(path.name)
         aside = path.with_name(path.name + ".damaged")
+        rest = error.rest if error.rest is not None and error.rest.pieces else None
+        if rest is not None and self._schema is not None and rest.schema != self._schema:
+            rest = None
         if self.read_only:
-            warnings.warn(f"{path} is damaged and not read: {error}", stacklevel=4)
-            return
+            kept = f"only the {len(rest.pieces)} pieces before or beside it are" if rest else "not"
+            warnings.warn(f"{path} is damaged, {kept} read: {error}", stacklevel=4)
+            return rest
         n = 1
         while aside.exists():
             n, aside = n + 1, path.with_name(f"{path.name}.{n}.damaged")
         os.rename(path, aside)
-        warnings.warn(f"{path} is damaged and set aside as {aside.name}: {error}", stacklevel=4)
+        kept = f"; the {len(rest.pieces)} pieces in it that are whole are kept" if rest else ""
+        warnings.warn(f"{path} is damaged and set aside as {aside.name}: {error}{kept}", stacklevel=4)
+        if rest is None:
+            return None
+        rest.save(path)
+        rest.close()
+        return Segment.load(path, rest.number, False)
 
     def _check_schema(self, schema: pa.Schema) -> None:
         """The first segment decides, unless columns and codec did; a store of another environment is a mistake."""

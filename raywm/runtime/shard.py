@@ -87,6 +87,8 @@ class ReplayShard:
         store = EpisodeStore(self.path, self.columns, self.codec, **arguments)
         if store.set_aside:  # damaged here, perhaps whole there
             store.close()
+            for name in set(store.set_aside) & set(self._mirror.names()):
+                (self.path / name).unlink(missing_ok=True)  # what could be saved of it
             self._mirror.restore(self.path, self.capacity_bytes)
             store = EpisodeStore(self.path, self.columns, self.codec, **arguments)
         self.uploaded = self._mirror.names()

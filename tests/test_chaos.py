@@ -60,7 +60,10 @@ def processes(name, nodes):
     found = []
     for pid in [pid for node in nodes for pid in raylets(node)]:
         for process in psutil.Process(pid).children() if psutil.pid_exists(pid) else []:
-            line = " ".join(process.cmdline()) if process.is_running() else ""
+            try:
+                line = " ".join(process.cmdline())
+            except psutil.Error:
+                continue  # gone, or about to be
             if line.startswith("ray::") and name in line:
                 found.append(process.pid)
     return found

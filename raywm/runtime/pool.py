@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 SAY_AFTER_S = 60.0  # silence after which the pool says what it waits for
 UNIT_DEATHS = 4  # workers that one unit of work may take down before it is the unit that is blamed
-START_FAILURES = 3  # consecutive failures to start one worker before the pool gives up
+START_FAILURES = 3  # consecutive failures to start one worker before the pool gives up, if no other worker is up
 POLL_S = 0.25  # how often timeouts are looked at while nothing completes
 
 
@@ -350,7 +350,9 @@ class WorkerPool:
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):
                 raise slot.error
-            raise PoolError(f"pool {self.name!r}: worker {slot.index} failed {slot.failures} times to start: {reason}")
+            if not any(s.ready for s in self._slots):  # else the others go on, and this one is tried again and again
+                what = f"worker {slot.index} failed {slot.failures} times to start"
+                raise PoolError(f"pool {self.name!r}: {what}: {reason}")
 
     def _watch(self, now: float) -> None:
         if not any(slot.ready for slot in self._slots) and all(

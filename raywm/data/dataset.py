@@ -275,6 +275,7 @@ class Dataset:
             if match := NUMBERED.fullmatch(id):
                 number = int(match.group(2))
                 numbers[match.group(1), 0 if self.card else number // BLOCK].append(number)
+        lost = ((self.card or {}).get("episodes") or 0) - len(known)  # the card says how many were there in the end
         evicted = self.card is None and any(map(_evicted, self.shards.values()))
         gaps = []
         for (stream, block), found in sorted(numbers.items()):
@@ -285,7 +286,7 @@ class Dataset:
                     ends = [f"{stream}-{n:09d}" for n in (before + 1, number - 1)]
                     gaps.append(ends[0] if ends[0] == ends[1] else "..".join(ends))
                 before = number
-        return gaps
+        return gaps if gaps or lost <= 0 else [f"{lost} episodes at the end"]
 
     def close(self) -> None:
         """Give files and a temporary copy free; episodes already read stay valid."""

@@ -117,11 +117,12 @@ class Collection:
         self.rollouts.settle()
         with self.console.progress("checking every byte"):
             checks = self.rollouts.verify()
+        now = sum(check["steps"] for check in checks)
         return {
             "episodes": sum(check["episodes"] for check in checks),
-            "steps": sum(check["steps"] for check in checks),
-            "return_mean": returns / played if played else math.nan,
-            **self._told(checks, fresh, began),
+            "steps": now,
+            **({"new_return_mean": returns / played} if played else {}),
+            **self._told(checks, now - sum(check["steps"] for check in before), began),
         }
 
     def _play(self) -> set[int]:

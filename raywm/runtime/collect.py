@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from raywm.agent import Agent, load_agent
+from raywm.checkpoint import atomic_write_json
 from raywm.config import RunConfig
 from raywm.data.dataset import CARD, read_card, write_card
 from raywm.data.mirror import Mirror
@@ -83,6 +84,7 @@ def collect_dataset(
             fixes.append("what is collected is kept: mend it, and go on with --resume")
         console.say(f"{out}: {config.env.id}, {name}, seed {config.seed}")
         result = Collection(rollouts, agent, episodes=episodes, steps=steps, console=console, fast=fast).run()
+    place.count(result["episodes"] + result.get("broken", 0))
     place.finish()
     return {"dataset": out, "env_id": config.env.id, "policy": name, **result}
 
@@ -112,11 +114,16 @@ def _agent(
         )
     try:
         found = getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
+    except ImportError as error:
         raise ValueError(f"--policy {policy!r}: {error}; put its directory on PYTHONPATH") from error
+    except AttributeError as error:
+        raise ValueError(f"--policy {policy!r}: {error}; give the name of a class in it") from error
     if not (isinstance(found, type) and issubclass(found, Agent)):
         raise ValueError(f"--policy {policy!r} is {found!r}, expected a subclass of raywm.agent.Agent")
-    return found(codec), policy, config  # type: ignore[call-arg]
+    try:
+        return found(codec), policy, config  # type: ignore[call-arg]
+    except TypeError as error:
+        raise ValueError(f"--policy {policy!r}: {error}; its constructor is called with an ActionCodec") from error
 
 
 class _Place:
@@ -134,11 +141,11 @@ class _Place:
 
     def open(self, card: dict[str, Any], resume: bool) -> None:
         """Hold what is there against what is to come."""
+        if self.uri is None and self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"--out {self.out} is a file, expected a directory")
         old = self._card()
         if old is None:
             if self.uri is None and self.directory.exists():
-                if not self.directory.is_dir():
-                    raise ValueError(f"--out {self.out} is a file, expected a directory")
                 if any(not path.name.startswith(".") for path in self.directory.iterdir()):
                     raise ValueError(f"--out {self.out} is not empty and holds no dataset (no {CARD}); give another")
             return
@@ -172,6 +179,16 @@ class _Place:
             mirror.files.create_dir(mirror.path, recursive=True)
             with mirror.files.open_output_stream(f"{mirror.path}/{CARD}") as file:
                 file.write((self.directory / CARD).read_bytes())
+
+    def count(self, episodes: int) -> None:
+        """How many there are, in the card: what is lost from the end of a dataset leaves no gap."""
+        card = {**(self._card() or {}), "episodes": episodes}
+        if self.uri is None:
+            atomic_write_json(self.directory / CARD, card)
+        else:
+            mirror = Mirror(self.uri)
+            with mirror.files.open_output_stream(f"{mirror.path}/{CARD}") as file:
+                file.write(json.dumps(card).encode())
 
     def finish(self) -> None:
         """Everything is where it belongs."""

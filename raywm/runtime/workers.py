@@ -18,6 +18,7 @@ import ray
 from raywm.collect import Collector
 from raywm.config import EnvConfig
 from raywm.fast import FastCollector
+from raywm.recording import BLOCK_BYTES
 from raywm.seeding import derive
 
 if TYPE_CHECKING:  # it imports torch, which a collector of random actions can do without
@@ -104,7 +105,10 @@ class CollectWorker:
         fast = FastCollector(self.collector.config, self.collector.seed, envs, unit)
         done, total, returns = 0, 0, 0.0
         flying: list[Any] = []
-        for block, played in fast.blocks(self.agent, common=self.common):
+        block_bytes = min(
+            BLOCK_BYTES, max(1 << 14, steps * fast.recording.row_bytes)
+        )  # a small goal wants small blocks
+        for block, played in fast.blocks(self.agent, common=self.common, block_bytes=block_bytes):
             flying.append(self.shard.add.remote(block))
             done += len(played)
             total += sum(p.steps for p in played)

@@ -15,7 +15,7 @@ from raywm.collect import Collector
 from raywm.config import CollectConfig, EnvConfig, ReplayConfig, parse
 from raywm.data.dataset import Dataset
 from raywm.data.episode import join, to_table
-from raywm.data.mirror import Mirror
+from raywm.data.mirror import Mirror, claim
 from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
 from raywm.loops.parts import in_order
@@ -360,3 +360,22 @@ def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
             ShardedReplay(shards, mode="recnt", half_life=3)
     finally:
         shards.close()
+
+
+def test_a_storage_belongs_to_one_run(tmp_path):
+    claim(tmp_path / "a", str(tmp_path / "copies"))
+    claim(tmp_path / "a", str(tmp_path / "copies"))
+    with pytest.raises(ValueError, match="episodes of another run"):
+        claim(tmp_path / "b", str(tmp_path / "copies"))
+    claim(tmp_path / "b", str(tmp_path / "copies"), adopt=True)
+    claim(tmp_path / "b", str(tmp_path / "copies"))
+
+
+def test_pieces_after_a_lost_beginning_are_left_out(tmp_path):
+    here = Collector(COUNTING, 0, 2)
+    a, b = here.collect(RandomAgent(here.codec), range(2))
+    with EpisodeStore(tmp_path, here.columns, here.codec) as store:
+        assert store.add(to_table(a, 3), strict=False) == 0 and store.add(b) == 1
+        store.mark(b.id, {"broken": "late"})  # of one that is complete: too late
+        assert store.ids() == [b.id] and not store.broken
+        assert store.add(a) == 1

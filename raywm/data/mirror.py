@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow.fs as pafs
 
 from raywm.data.segment import NAME, sync_directory
+
+ORIGIN = ".origin"
+
+
+def absolute(uri: str | None) -> str | None:
+    """A relative path as it is meant here: shards run in other directories."""
+    return uri if uri is None or "://" in uri else os.path.abspath(uri)
+
+
+def claim(directory: Path, storage: str, adopt: bool = False) -> None:
+    """Tie a storage to the run whose episodes are in `directory`, both by a file ".origin" of the same content.
+
+    `adopt`: the caller knows that the storage is its own, though `directory` is new. Raises ValueError for a storage
+    that holds another run's episodes: they have the same names as this one's, and would pass for them.
+    """
+    mirror, local = Mirror(storage), directory / ORIGIN
+    target = f"{mirror.path}/{ORIGIN}"
+    mine, theirs = local.read_text() if local.exists() else None, None
+    if mirror.files.get_file_info(target).type != pafs.FileType.NotFound:
+        with mirror.files.open_input_stream(target) as file:
+            theirs = file.read().decode()
+    if theirs is None:
+        theirs = mine or uuid.uuid4().hex
+        mirror.files.create_dir(mirror.path, recursive=True)
+        with mirror.files.open_output_stream(target) as file:
+            file.write(theirs.encode())
+    elif theirs != mine and not adopt:
+        raise ValueError(f"{storage} holds the episodes of another run; give another replay.storage, or empty it")
+    directory.mkdir(parents=True, exist_ok=True)
+    local.write_text(theirs)
 
 
 class Mirror:
@@ -65,8 +96,11 @@ class Mirror:
             self._copy(pafs.LocalFileSystem(), str(path), self.files, target)
 
     def remove(self, names: Iterable[str]) -> None:
+        """Delete these segments; those that are gone already are no error."""
+        there = self.names()
         for name in names:
-            self.files.delete_file(f"{self.path}/{name}")
+            if name in there:
+                self.files.delete_file(f"{self.path}/{name}")
 
     @staticmethod
     def _copy(source: pafs.FileSystem, a: str, target: pafs.FileSystem, b: str) -> None:

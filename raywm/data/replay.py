@@ -217,6 +217,11 @@ class Replay:
         return self._train.rows
 
     @property
+    def held_rows(self) -> int:
+        """Rows of the held-out episodes."""
+        return self._held.rows
+
+    @property
     def episodes(self) -> int:
         """Episodes that training draws from."""
         return len(self._train)

@@ -73,6 +73,7 @@ class Segment:
     end: int = 0  # bytes up to the end of the last whole block
     schema: pa.Schema | None = None
     pieces: list[Piece] = field(default_factory=list)
+    skipped: bool = False  # whether a block with a damaged header is left out
     ended: bool = False  # whether the stream has its end mark
     _fd: int | None = None
     _map: pa.Buffer | None = None
@@ -97,7 +98,7 @@ class Segment:
         trouble = segment._walk(buffer)
         if open and not segment.pieces and len(buffer) >= 4 and buffer[:4].to_pybytes() != END[:4]:
             raise DamagedError(f"not an Arrow stream ({trouble})")
-        if not open and trouble:
+        if trouble and (not open or segment.skipped):
             error = DamagedError(trouble)
             segment._map, error.rest = buffer, segment
             raise error
@@ -122,7 +123,7 @@ class Segment:
                         return "a record batch without raywm's header"
                     if str(zlib.crc32(meta[HEADER])).encode() != meta[HEADER_CRC]:
                         trouble = trouble or f"the header of the block at byte {self.end} does not match its CRC"
-                        self.end = source.tell()
+                        self.end, self.skipped = source.tell(), True
                         continue
                     header = _parse(meta[HEADER])
                     if header.get("start_crc", start_crc) != start_crc:
@@ -187,16 +188,14 @@ class Segment:
     def save(self, path: Path) -> None:
         """Write the blocks that this segment has as a sealed one of their own."""
         assert self._map is not None
-        part = path.with_name(f"{path.name}.part")
         blocks = {piece.block.offset: piece.block for piece in self.pieces}
-        with open(part, "wb") as file:
+        with open(path, "wb") as file:
             file.write(self._map.slice(0, self._start))
             for block in blocks.values():
                 file.write(self._map.slice(block.offset, block.size))
             file.write(END)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
 
     def seal(self) -> None:
         """Finish the stream, bring it to disk, and give it its final name at once."""
@@ -211,7 +210,7 @@ class Segment:
             os.fsync(fd)
         finally:
             os.close(fd)
-        self._fd = None
+            self._fd = None
         sealed = self.path.with_name(f"segment-{self.number:08d}.arrows")
         os.rename(self.path, sealed)
         sync_directory(sealed.parent)

@@ -42,6 +42,7 @@ from raywm.spaces import ActionCodec
 
 __all__ = ["DamagedError", "EpisodeStore", "Snapshot"]
 
+READ_TRIES = 50  # of opening what another process is writing
 LOCK_PATIENCE = 5.0  # seconds: a killed owner's lock goes with its process, which may take a moment
 
 
@@ -106,12 +107,23 @@ class EpisodeStore:
         elif not self.path.is_dir():
             raise ValueError(f"there is no store at {self.path}, expected a directory; collect into it first")
         try:
-            self._load()
+            self._open(tries=READ_TRIES if read_only else 1)
         except BaseException:
             self._release()
             raise
 
     # Opening
+
+    def _open(self, tries: int) -> None:
+        """Whoever writes here may seal or evict a file between the listing and its opening: then list again."""
+        for left in reversed(range(tries)):
+            try:
+                return self._load()
+            except FileNotFoundError:
+                if not left:
+                    raise
+                self._segments, self._schema, self.set_aside = [], None, []
+                time.sleep(0.01)
 
     def _load(self) -> None:
         found = sorted((match.group(1), name) for name in os.listdir(self.path) if (match := NAME.fullmatch(name)))
@@ -125,7 +137,7 @@ class EpisodeStore:
                 rest = self._put_aside(path, error)
                 if rest is None:
                     continue
-                segment = rest
+                segment, is_open = rest, False
             if not is_open and not segment.ended and name not in self.set_aside:
                 warnings.warn(
                     f"{path} has no end mark: pieces at its end may be missing; the rest is served", stacklevel=3
@@ -168,14 +180,17 @@ class EpisodeStore:
         n = 1
         while aside.exists():
             n, aside = n + 1, path.with_name(f"{path.name}.{n}.damaged")
+        if rest is not None:
+            rest.save(part := path.with_name(f"{path.name}.part"))
         os.rename(path, aside)
         kept = f"; the {len(rest.pieces)} pieces in it that are whole are kept" if rest else ""
         warnings.warn(f"{path} is damaged and set aside as {aside.name}: {error}{kept}", stacklevel=4)
         if rest is None:
             return None
-        rest.save(path)
+        sealed = path.with_name(f"segment-{rest.number:08d}.arrows")
+        os.replace(part, sealed)
         rest.close()
-        return Segment.load(path, rest.number, False)
+        return Segment.load(sealed, rest.number, False)
 
     def _check_schema(self, schema: pa.Schema) -> None:
         """The first segment decides, unless columns and codec did; a store of another environment is a mistake."""
@@ -306,13 +321,14 @@ class EpisodeStore:
 
     # Writing
 
-    def add(self, piece: Episode | pa.Table) -> int:
+    def add(self, piece: Episode | pa.Table, strict: bool = True) -> int:
         """Store an episode, the next piece of one (``to_table(episode, first_row, stop)``) or a block of such pieces
         (``to_block``).
 
         Returns how many pieces are new, once they are with the operating system: 0 when all were here already. Raises
         ValueError for what breaks the timing rule, holds NaN or leaves a gap, and OSError when the disk is full; then
-        nothing of the block is stored, and the store stays whole and usable.
+        nothing of the block is stored, and the store stays whole and usable. Not `strict`: a piece that leaves a gap, because
+        those before it are lost, is left out with the rest of its episode.
         """
         if isinstance(piece, Episode):
             validate(piece, self.columns, self.codec)
@@ -326,7 +342,7 @@ class EpisodeStore:
         with self.lock:
             self._writable()
             validate_block(columns, meta["pieces"], self.columns, self.codec)
-            fresh = self._new(columns, meta["pieces"])
+            fresh = self._new(columns, meta["pieces"], strict)
             if not fresh:
                 return 0
             if len(fresh) < len(meta["pieces"]):
@@ -359,7 +375,7 @@ class EpisodeStore:
             columns = from_columns(self._schema.empty_table())
             self.add(to_block(columns, [piece_header(id, 0, 0, True, dict(info))]))
 
-    def _new(self, columns: Mapping[str, np.ndarray], pieces: list[dict[str, Any]]) -> list[int]:
+    def _new(self, columns: Mapping[str, np.ndarray], pieces: list[dict[str, Any]], strict: bool) -> list[int]:
         """Which pieces of a block are to be stored. Raises ValueError for one that leaves a gap."""
         fresh: list[int] = []
         ahead: dict[str, int] = {}  # rows of the episodes that earlier pieces of this block belong to
@@ -369,7 +385,7 @@ class EpisodeStore:
             at += head["rows"]
             entry = self._entries.get(id)
             marked = id in self._marks
-            if entry is not None and entry.complete and head["rows"] and id not in ahead:
+            if entry is not None and entry.complete and id not in ahead:
                 continue  # ids are deterministic: the same episode, played again after a death
             if marked and id not in ahead and (first_row or not head["rows"]):
                 continue  # marked already, or the rest of what broke; one that begins again may go well
@@ -382,6 +398,9 @@ class EpisodeStore:
                 if first_row == 0:
                     self._dropped.discard(id)
             if first_row not in (0, stored):
+                if not strict:
+                    self._dropped.add(id)
+                    continue
                 raise ValueError(
                     f"episode {id!r}: a piece begins at row {first_row}, expected {stored} (or 0, to begin again); "
                     "add its pieces in order, each once"

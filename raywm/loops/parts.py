@@ -193,8 +193,8 @@ def stored(store: EpisodeStore, stream: str, first: int = 0, numbers: Sequence[i
             continue
         try:
             found.append((number, *store.length(id)))
-        except DamagedError:
-            continue  # it is forgotten now, and played again
+        except (DamagedError, KeyError):
+            continue  # it is forgotten now (or evicted), and played again
     return found
 
 

@@ -60,6 +60,8 @@ def collect_dataset(
         raise ValueError(f"got --episodes {episodes} and --steps {steps}, expected one of them")
     if episodes is None and steps is None:
         episodes = 100
+    if config.replay.capacity_mb is not None:
+        raise ValueError("replay.capacity_mb drops the oldest episodes, which a dataset keeps; leave it out")
     env = make_env(config.env)
     try:
         columns, codec = dict(env.observation_space.spaces), ActionCodec(env.action_space)  # type: ignore[attr-defined]
@@ -78,7 +80,7 @@ def collect_dataset(
     place.open({**card, "spaces": spaces}, resume)
     if place.uri is not None:
         config = config.model_copy(update={"replay": config.replay.model_copy(update={"storage": place.uri})})
-    with _rollouts(config, place.directory, columns, codec, in_process, console) as rollouts:
+    with _rollouts(config, place.directory, columns, codec, in_process, console, place.known) as rollouts:
         place.write(columns, codec, card)
         if fixes is not None:
             fixes.append("what is collected is kept: mend it, and go on with --resume")
@@ -132,6 +134,7 @@ class _Place:
     def __init__(self, out: str):
         files = pafs.FileSystem.from_uri(out)[0] if "://" in out else None
         self.out = out
+        self.known = False  # whether the URI holds this dataset already
         self.uri: str | None = None if files is None or isinstance(files, pafs.LocalFileSystem) else out.rstrip("/")
         if self.uri is not None:
             cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
@@ -144,7 +147,10 @@ class _Place:
         if self.uri is None and self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"--out {self.out} is a file, expected a directory")
         old = self._card()
+        self.known = self.uri is not None and old is not None
         if old is None:
+            if self.uri is not None:
+                shutil.rmtree(self.directory, ignore_errors=True)  # of a dataset that was there before
             if self.uri is None and self.directory.exists():
                 if any(not path.name.startswith(".") for path in self.directory.iterdir()):
                     raise ValueError(f"--out {self.out} is not empty and holds no dataset (no {CARD}); give another")
@@ -198,7 +204,7 @@ class _Place:
 
 @contextlib.contextmanager
 def _rollouts(
-    config: RunConfig, directory: Path, columns: Any, codec: Any, in_process: bool, console: Console
+    config: RunConfig, directory: Path, columns: Any, codec: Any, in_process: bool, console: Console, adopt: bool
 ) -> Iterator[Any]:
     sections = config.env, config.collect, config.replay, config.seed, directory, columns, codec
     if in_process:
@@ -215,7 +221,12 @@ def _rollouts(
     connect(config.address, config.collect.workers, modules=modules, say=console.say)
     try:
         with contextlib.closing(
-            Rollouts(*sections, say=console.say, on_death=lambda pool, reason: console.say(f"{pool}: {reason}"))
+            Rollouts(
+                *sections,
+                say=console.say,
+                on_death=lambda pool, reason: console.say(f"{pool}: {reason}"),
+                adopt=adopt,
+            )
         ) as rollouts:
             yield rollouts
     finally:

@@ -223,7 +223,7 @@ class WorkerPool:
         """Wait until no call is in flight, for instance those of a map that was closed early."""
         self._check_open()
         self._heard = time.monotonic()
-        while any(slot.calls for slot in self._slots):
+        while any(call.unit is not None for slot in self._slots for call in slot.calls):
             self._pump()
 
     def pids(self) -> list[int]:

@@ -13,6 +13,7 @@ import numpy as np
 import ray
 
 from raywm.config import CollectConfig, EnvConfig, ReplayConfig
+from raywm.data.mirror import absolute, claim
 from raywm.loops.parts import Played
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.shards import Shards, place
@@ -27,7 +28,7 @@ class Rollouts:
 
     Args:
         env, collect, replay: sections of the config; seed: the run's; directory: of its episodes.
-        columns, codec: of the environment; say, on_death: as in ``WorkerPool``.
+        columns, codec: of the environment; say, on_death: as in ``WorkerPool``; adopt: see ``claim``.
     """
 
     def __init__(
@@ -42,15 +43,19 @@ class Rollouts:
         *,
         say: Callable[[str], None] = print,
         on_death: Callable[[str, str], None] | None = None,
+        adopt: bool = False,
     ):
         self.config = collect
         mb, directory = 2**20, Path(directory).resolve()
+        storage = absolute(replay.storage)
+        if storage is not None:
+            claim(directory, storage, adopt)
         self.shards = Shards(
             directory,
             columns,
             codec,
             place(directory, replay.shards == "nodes"),
-            storage=replay.storage,
+            storage=storage,
             segment_bytes=int(replay.segment_mb * mb),
             capacity_bytes=None if replay.capacity_mb is None else int(replay.capacity_mb * mb),
             seal_s=replay.seal_s,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raywm.loops.parts import Played
 
 SYNC_S = 1.0  # how often a shard looks for segments to seal and to upload
+SETTLE_TRIES = 5  # with pauses of 1, 2, 4 and 8 s
 READ_BYTES = 64 * 2**20  # of episodes in one answer to a reader on another node
 Law = tuple[tuple[str, Any], ...]  # arguments of a `Replay`, sorted: a law by which samples are drawn
 
@@ -98,7 +99,7 @@ class ReplayShard:
 
     def add(self, block: pa.Table) -> int:
         """Append a block of pieces; it is acknowledged when this returns."""
-        return self.store.add(block)
+        return self.store.add(block, strict=False)
 
     def mark(self, id: str, info: dict[str, Any]) -> None:
         """Keep a broken episode out."""
@@ -135,10 +136,15 @@ class ReplayShard:
             self.open_replay(law, shard)
         return self._replays[law]
 
-    def mass(self, law: Law, shard: int) -> tuple[int, float]:
-        """Rows that can be drawn, and what they weigh against those of other shards."""
-        replay = self._replay(law, shard)
-        return len(replay), replay.mass
+    def mass(self, law: Law, shard: int, T: int = 1, held: bool = False) -> tuple[int, float]:
+        """Rows that can be drawn, and what they weigh against those of other shards; nothing where that is too few."""
+        return self._weigh(self._replay(law, shard), T, held)
+
+    def _weigh(self, replay: Replay, T: int, held: bool) -> tuple[int, float]:
+        rows = replay.held_rows if held else len(replay)
+        if not rows or (replay.cross and rows < T):
+            return 0, 0.0
+        return rows, float(rows) if held else replay.mass
 
     def sample(
         self, law: Law, shard: int, B: int, T: int, seed: int, held: bool, density: float | None
@@ -149,7 +155,7 @@ class ReplayShard:
         batch = replay.sample(B, T, np.random.default_rng(seed), out=buffer, held=held, density=density)
         self._buffers = {(B, T): batch}  # what is returned is copied into the object store, and this is filled again
         arrays = {name: tensor.numpy() for name, tensor in batch.tensors().items()}
-        return arrays, batch.ids, batch.keys, (len(replay), replay.mass)
+        return arrays, batch.ids, batch.keys, self._weigh(replay, T, held)
 
     def update(self, law: Law, shard: int, keys: np.ndarray, priorities: np.ndarray) -> None:
         """See `Replay.update`."""
@@ -174,8 +180,9 @@ class ReplayShard:
         episodes: list[Episode] = []
         size = 0
         for count, id in enumerate(ids):
-            episodes += self.store.readable([id])
-            size += sum(c.nbytes for c in episodes[-1].columns().values()) if episodes else 0
+            found = self.store.readable([id])
+            episodes += found
+            size += sum(column.nbytes for episode in found for column in episode.columns().values())
             if size > READ_BYTES:
                 return join(episodes), count + 1
         return (join(episodes) if episodes else None), len(ids)
@@ -202,8 +209,13 @@ class ReplayShard:
     def settle(self) -> None:
         """Bring what was written onto the disk, and to `storage`."""
         self.store.seal()
-        if self._mirror is not None:
-            self._sync()
+        for attempt in range(SETTLE_TRIES if self._mirror is not None else 0):
+            try:
+                return self._sync()
+            except OSError:  # the storage may be away for a moment
+                if attempt + 1 == SETTLE_TRIES:
+                    raise
+                time.sleep(2.0**attempt)
 
     def close(self) -> None:
         self._closed.set()

@@ -95,7 +95,10 @@ class Shards:
 
     def stored(self, stream: str, first: int) -> dict[int, Played]:
         """Episodes of a stream that some shard holds, from number `first` on, by their numbers."""
-        return {played[0]: played for listed in self.ask("stored", stream, first) for played in listed}
+        found: dict[int, Played] = {}
+        for listed in self.ask("stored", stream, first):
+            found |= {p[0]: p for p in listed if p[1] or p[0] not in found}  # what broke in one may be whole in another
+        return found
 
     def settle(self) -> None:
         self.ask("settle")
@@ -126,15 +129,14 @@ class ShardedReplay:
         marks += [None] * (len(self.actors) - len(marks))
         opened = [a.open_replay.remote(self.law, i, m) for i, (a, m) in enumerate(zip(self.actors, marks))]
         _get(opened)
-        self._masses: list[tuple[int, float]] = []
+        self._masses: dict[tuple[int, bool], list[tuple[int, float]]] = {}  # by T and held, with the last batch of such
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
         return _get([getattr(a, method).remote(self.law, i, *args) for i, a in enumerate(self.actors)])
 
     def __len__(self) -> int:
         """Rows that training draws from."""
-        self._masses = self._ask("mass")
-        return sum(rows for rows, _ in self._masses)
+        return sum(rows for rows, _ in self._ask("mass"))
 
     @property
     def mark(self) -> list[dict[str, Any]]:
@@ -147,9 +149,17 @@ class ShardedReplay:
 
     def sample(self, B: int, T: int, rng: np.random.Generator, out: Batch | None = None, held: bool = False) -> Batch:
         """B sequences of T rows, into `out`'s tensors where given. Raises ValueError where there is nothing to draw."""
-        if not self._masses or not sum(mass for _, mass in self._masses):
-            self._masses = self._ask("mass")
-        rows, masses = zip(*self._masses)
+        try:
+            return self._sample(B, T, rng, out, held)
+        except ValueError:  # a shard that began again, or has evicted since, has less than it said
+            self._masses.pop((T, held), None)
+            return self._sample(B, T, rng, out, held)
+
+    def _sample(self, B: int, T: int, rng: np.random.Generator, out: Batch | None, held: bool) -> Batch:
+        known = self._masses.get((T, held))
+        if not known or not all(rows for rows, _ in known):  # those that had nothing may have something now
+            known = self._masses[T, held] = self._ask("mass", T, held)
+        rows, masses = zip(*known)
         counts = allot(B, masses, rng)
         density = sum(rows) / sum(masses) if dict(self.law).get("mode") == "prioritized" else None
         seeds = rng.integers(2**63, size=len(self.actors)).tolist()
@@ -160,7 +170,7 @@ class ShardedReplay:
         }
         parts = []
         for i, (arrays, ids, keys, mass) in zip(asked, _get(list(asked.values()))):
-            self._masses[i] = mass
+            known[i] = mass
             parts.append(Batch.of(arrays, ids, keys))
         return merge(parts, out)
 

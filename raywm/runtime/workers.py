@@ -60,6 +60,7 @@ class CollectWorker:
     def set_agent(self, agent: Any) -> None:
         """Who plays from now on; comes between two units of work."""
         self.agent = agent
+        self.collector.offers.clear()
         if "torch" in sys.modules:  # came with the agent
             sys.modules["torch"].set_num_threads(1)
 
@@ -82,10 +83,18 @@ class CollectWorker:
                 out += listed
             done = {n for n, *_ in out}
             numbers, out = [n for n in numbers if n not in done], list({p[0]: p for p in out}.values())
-        flying: list[Any] = []
-        self._stream, self._run = stream, run
+        self._run = run
         if run <= self._cancelled:
             return out
+        self._stream = stream
+        try:
+            return out + self._collect(numbers, stream)
+        finally:
+            self._stream = ""
+
+    def _collect(self, numbers: Sequence[int], stream: str) -> list[Played]:
+        out: list[Played] = []
+        flying: list[Any] = []
         blocks: Any = self.collector.blocks(self.agent, numbers, stream, common=self.common, piece_rows=self.piece_rows)
         for block, played in blocks:
             flying.append(self.shard.add.remote(block))
@@ -94,7 +103,6 @@ class CollectWorker:
                 ready, flying = ray.wait(flying)
                 ray.get(ready)
         ray.get(flying)
-        self._stream = ""
         return out
 
     def collect_fast(self, unit: int, steps: int, envs: int, run: int = 0) -> tuple[int, int, float]:
@@ -123,6 +131,7 @@ class CollectWorker:
 
     def play(self, numbers: Sequence[int], stream: str) -> list[Played]:
         """Play episodes without keeping them."""
+        self._run = sys.maxsize  # a cancel that comes late is not meant for this
         return [(p.number, p.steps, p.ret) for p in self.collector.play(self.agent, numbers, stream)]
 
     def real_fitness(self, theta: np.ndarray, numbers: Sequence[int], stream: str) -> list[Played]:

@@ -327,8 +327,8 @@ class EpisodeStore:
 
         Returns how many pieces are new, once they are with the operating system: 0 when all were here already. Raises
         ValueError for what breaks the timing rule, holds NaN or leaves a gap, and OSError when the disk is full; then
-        nothing of the block is stored, and the store stays whole and usable. Not `strict`: a piece that leaves a gap, because
-        those before it are lost, is left out with the rest of its episode.
+        nothing of the block is stored, and the store stays whole and usable. Not `strict`: a piece that leaves a gap
+        (those before it are lost) is left out with the rest of its episode.
         """
         if isinstance(piece, Episode):
             validate(piece, self.columns, self.codec)

@@ -1,5 +1,6 @@
-"""The online loop with a learner that only counts: the train ratio, staleness, deaths, and resumes without a lost row."""
+"""The online loop with a learner that only counts: train ratio, staleness, deaths, and resumes without a lost row."""
 
+import itertools
 import json
 import os
 import signal
@@ -115,23 +116,27 @@ def run(config, out, make=LocalOnline, parts=None, watch=None):
         return loop, loop.run()
 
 
+class Rows:
+    """Listens to a store: its episodes' rows."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def added(self, id, rows, last):
+        self.rows[id] = self.rows.get(id, 0) + rows
+
+    def dropped(self, id):
+        self.rows.pop(id, None)
+
+
 def stored(out):
-    """Transitions in the store's directories, those of episodes that never ended too; every whole episode is checked."""
+    """Transitions in the stores, those of episodes that never ended too, and ids; every whole episode is checked."""
     steps, ids = 0, []
     for path in {p.parent for p in Path(out).rglob("segment-*")}:
         store = EpisodeStore(path, read_only=True)
         for episode in store.readable(store.ids()):
             check_counting(episode)
         ids += store.ids()
-
-        class Rows:
-            rows = {}
-
-            def added(self, id, rows, last):
-                self.rows[id] = self.rows.get(id, 0) + rows
-
-            def dropped(self, id):
-                self.rows.pop(id, None)
 
         store.watch(listener := Rows())
         steps += sum(listener.rows.values()) - len(listener.rows)
@@ -257,23 +262,27 @@ def ray_online(*args, **kwargs):
     return RayOnline(*args, say=lambda text: None, **kwargs)
 
 
-def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path, monkeypatch):
-    """Each costs its restart: the ratio holds, staleness keeps its bound, both sides are busy, no row is lost."""
-    monkeypatch.setattr(module, "REPORT_S", 0.5)
-    config = config_of("test_online:SlowCounting", online={"steps": 8000, "evaluate_every": 3000})
-    ages = []
+def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path):
+    """Each costs its restart: the ratio holds, staleness keeps its bound, both sides work at once, no row is lost."""
+    config = config_of("test_online:SlowCounting", online={"steps": 6000, "evaluate_every": 2500})
+    ages, began, spans = [], {}, {"advance": [], "update": []}
 
     def watch(loop):
         plain, order = loop.executor.wait, loop.executor.order
-        left = {2000: "collect", 3500: "learn", 5000: "collect"}
+        left = {2000: "collect", 3500: "learn"}
 
         def wait(timeout):
             at = next((at for at in left if loop.collected > at and loop.state["saves"]), None)
             if at is not None and loop.executor.pids()[left[at]]:
                 os.kill(loop.executor.pids()[left.pop(at)][0], signal.SIGKILL)
-            return plain(timeout)
+            answers = plain(timeout)
+            for answer in answers:
+                if answer.what in spans:
+                    spans[answer.what].append((began[answer.post.name], time.monotonic()))
+            return answers
 
         def ordered(post, method, *args):
+            began[post.name] = time.monotonic()
             if method == "advance" and (version := loop.seats[post.name].version) >= 0:
                 ages.append(loop.updates - version)
             order(post, method, *args)
@@ -281,16 +290,19 @@ def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path, monkeypatch)
         loop.executor.wait, loop.executor.order = wait, ordered
 
     loop, summary = run(config, tmp_path, ray_online, SlowParts(config), watch)
-    assert summary["worker_deaths"] == 3
-    assert 8000 - 4 < summary["real_env_steps"] <= 8000
+    assert summary["worker_deaths"] == 2
+    assert 6000 - 4 < summary["real_env_steps"] <= 6000
     assert 0.98 * RATIO <= summary["train_ratio"] <= RATIO
     assert summary["updates"] == int(checkpoint.load(tmp_path / "checkpoints").tensors["learner"]["updates"])
     assert max(ages) <= config.online.staleness  # what collectors are sent out with
     # Dead collectors took their running orders along: stored, perhaps, and not told.
     extra = stored(tmp_path)[0] - summary["real_env_steps"]
-    assert 0 <= extra <= 2 * config.online.unit * config.collect.envs
+    assert 0 <= extra <= config.online.unit * config.collect.envs
     assert len(rows_of(tmp_path, "trial")) == 2
-    assert summary["busy_collect"] + summary["busy_learn"] > 1.0  # at the same time
+    learning = sum(stop - start for start, stop in spans["update"])
+    pairs = itertools.product(spans["update"], spans["advance"])
+    both = sum(max(0.0, min(stop, end) - max(start, begin)) for (start, stop), (begin, end) in pairs)
+    assert both > 0.5 * learning  # of up to 2, for two collectors
 
 
 DRIVER = """
@@ -306,6 +318,13 @@ with RunLog(out, False, False) as log, RayOnline(config, out, parts=t.CountingPa
 """
 
 
+def saved_steps(out):
+    try:
+        return checkpoint.load(out / "checkpoints", read_only=True).state["governor"]["collected"]
+    except (FileNotFoundError, ValueError):  # none yet, or it went away meanwhile
+        return 0
+
+
 def test_the_driver_is_killed(ray_session, tmp_path):
     """kill -9 in the middle, then on with other collectors: what the store holds is what the run counts."""
     here = Path(__file__).parent
@@ -313,8 +332,8 @@ def test_the_driver_is_killed(ray_session, tmp_path):
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env=env, start_new_session=True)
     try:
         until = time.monotonic() + 60
-        while not list((tmp_path / "checkpoints").glob("0*3")) and time.monotonic() < until:
-            assert driver.poll() is None
+        while saved_steps(tmp_path) < 500:
+            assert driver.poll() is None and time.monotonic() < until
             time.sleep(0.05)
     finally:
         driver.kill()

@@ -39,11 +39,14 @@ class SlowCounting(CountingEnv):
 class CountingLearner:
     """Counts its updates; its weights are their number."""
 
-    def __init__(self, seconds):
-        self.seconds, self.updates = seconds, 0
+    def __init__(self, seconds, ranks):
+        self.seconds, self.ranks, self.updates = seconds, ranks, 0
 
     def update(self, batch):
-        assert batch.reward.shape == (BATCH, SEQUENCE + 1)
+        assert batch.reward.shape == (BATCH // self.ranks, SEQUENCE + 1)
+        if self.ranks > 1:
+            torch.distributed.all_reduce(total := torch.ones(1))
+            assert total.item() == self.ranks
         assert (batch.reward > 0)[~batch.is_first].all()  # a row of a counting environment
         time.sleep(self.seconds)
         self.updates += 1
@@ -83,7 +86,7 @@ class CountingParts(OnlineParts):
         return {}
 
     def learner(self, rank=0, ranks=1):
-        return CountingLearner(self.seconds)
+        return CountingLearner(self.seconds, ranks)
 
     def agent(self, policy, version, greedy=False):
         return CountingAgent(self.codec, policy, version)
@@ -96,7 +99,7 @@ def config_of(env="raywm/Counting-v0", **changes):
         "algorithm": "dreamer",
         "env": {"id": env},
         "collect": {"workers": 2, "envs": 4, "policy": "random", **changes.pop("collect", {})},
-        "dreamer": {"batch": BATCH, "sequence": SEQUENCE, "context": 1},
+        "dreamer": {"batch": BATCH, "sequence": SEQUENCE, "context": 1, **changes.pop("dreamer", {})},
         "online": online,
         "evaluate": {"episodes": 10},
         "log": {"tensorboard": False, "console": False},
@@ -263,8 +266,10 @@ def ray_online(*args, **kwargs):
 
 
 def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path):
-    """Each costs its restart: the ratio holds, staleness keeps its bound, both sides work at once, no row is lost."""
-    config = config_of("test_online:SlowCounting", online={"steps": 6000, "evaluate_every": 2500})
+    """One of two collectors and of two learners, which are a group: each costs its restart. The ratio holds, staleness
+    keeps its bound, both sides work at once, no row is lost."""
+    online = {"steps": 6000, "evaluate_every": 2500}
+    config = config_of("test_online:SlowCounting", online=online, dreamer={"learners": 2, "threads": 1})
     ages, began, spans = [], {}, {"advance": [], "update": []}
 
     def watch(loop):
@@ -274,7 +279,7 @@ def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path):
         def wait(timeout):
             at = next((at for at in left if loop.collected > at and loop.state["saves"]), None)
             if at is not None and loop.executor.pids()[left[at]]:
-                os.kill(loop.executor.pids()[left.pop(at)][0], signal.SIGKILL)
+                os.kill(loop.executor.pids()[left.pop(at)][-1], signal.SIGKILL)
             answers = plain(timeout)
             for answer in answers:
                 if answer.what in spans:
@@ -312,7 +317,8 @@ import test_online as t
 from raywm.runtime.online import RayOnline
 from raywm.log import RunLog
 from raywm.loops.online import Online
-config, out = t.config_of("test_online:SlowCounting", online={"steps": 100_000}), Path(sys.argv[1])
+config = t.config_of("test_online:SlowCounting", collect={"workers": 1}, online={"steps": 100_000})
+out = Path(sys.argv[1])
 with RunLog(out, False, False) as log, RayOnline(config, out, parts=t.CountingParts(config)) as executor:
     Online(config, out, executor, log).run()
 """
@@ -343,7 +349,7 @@ def test_the_driver_is_killed(ray_session, tmp_path):
     time.sleep(1)  # its Ray goes too
     held = stored(tmp_path)[0]
     assert held >= saved.state["governor"]["collected"] and before
-    config = config_of("test_online:SlowCounting", collect={"workers": 3}, online={"steps": held + 1000})
+    config = config_of("test_online:SlowCounting", online={"steps": held + 1000})
     loop, summary = run(config, tmp_path, ray_online, CountingParts(config))
     assert 0 <= held + 1000 - summary["real_env_steps"] < 4
     assert stored(tmp_path)[0] == summary["real_env_steps"]

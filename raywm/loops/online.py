@@ -25,6 +25,7 @@ from raywm.config import RunConfig
 from raywm.evaluate import summarise
 from raywm.log import RunLog
 from raywm.loops.governor import TrainRatio
+from raywm.loops.online_figures import Figures
 from raywm.loops.online_work import KEEP, Answer, OnlineParts
 
 ORDER_S = 0.4  # of work in an order, at most: the driver's share is small, and weights are never much older
@@ -80,9 +81,9 @@ class Online:
         self.updates = 0
         self.lives = 0
         self.interrupted = self.save_due = False
-        self.began = self.reported = self.heard = self.checked = time.monotonic()
+        self.began = self.heard = self.checked = time.monotonic()
         self.pace = {"advance": 0.0, "update": 0.0}  # seconds of a vector step, of an update
-        self.interval = Interval()
+        self.figures = Figures({"collect": workers})
         self.base = 0  # steps collected in earlier starts, less those that the replay's marks count
         self.final: list[list[int]] = []  # numbers of the last evaluation that nobody plays yet
         self.played: dict[int, tuple[int, int, float]] = {}
@@ -102,9 +103,6 @@ class Online:
             "evaluated_at": 0,
             "target_return": None,
             "random": [],
-            "staleness": [0, 0, 0],  # the most, the sum, of so many orders
-            "busy": {"collect": 0.0, "learn": 0.0, "evaluate": 0.0},
-            "online_seconds": 0.0,
             "wall_seconds": 0.0,
             "worker_deaths": 0,
         }
@@ -119,14 +117,15 @@ class Online:
             done = self.restore()
             if done is not None:
                 return done
-            self.began = self.reported = self.heard = self.checked = time.monotonic()
+            self.began = self.heard = self.checked = time.monotonic()
+            self.figures.start(self.collected)
             with self._interruptible():
                 with self.log.progress("online", self.limit) as bar:
                     self._until(self._over, bar)
                 if not self.interrupted:
                     return self._finish()
                 self.log.say("stopping: the learner's state is being saved")
-                self._report(time.monotonic())
+                self._report()
                 self.save()
             raise KeyboardInterrupt
         finally:
@@ -253,8 +252,8 @@ class Online:
         self.governor.replayed(count * self.rows)
         self.updates += count
         self.pace["update"] = working / count
-        self._work("learn", working)
-        self.interval.learned(count, report["metrics"])
+        self.figures.work("learn", working)
+        self.figures.learned(count, report["metrics"])
         assert self.weights is not None
         if self.updates - self.weights.version >= self.config.online.publish:
             self._publish(answer.payload)
@@ -268,12 +267,9 @@ class Online:
         seat.under_way = 0
         self.governor.collected(report["steps"])
         self.pace["advance"] = report["seconds"] / report["vector"]
-        self._work("collect", report["seconds"])
+        self.figures.work("collect", report["seconds"])
         if seat.version >= 0:
-            stale = max(0, self.updates - seat.version)
-            self.interval.stale.append(stale)
-            most, total, count = state["staleness"]
-            state["staleness"] = [max(most, stale), total + stale, count + 1]
+            self.figures.stale(max(0, self.updates - seat.version))
         state["broken_episodes"] += report["broken"]
         for number, steps, ret, version in report["episodes"]:
             state["episodes"] += 1
@@ -288,7 +284,7 @@ class Online:
             self.played |= {p[0]: p for p in played}
             return
         assert self.evaluated is not None
-        self._work("evaluate", answer.report["seconds"])
+        self.figures.work("evaluate", answer.report["seconds"])
         state["evaluations"] += 1
         result = summarise([p[2] for p in played], [p[1] for p in played])
         self._tell("trial", updates=self.updates, version=self.evaluated.version, **result)
@@ -309,6 +305,7 @@ class Online:
         held = self.best or self.weights
         saved = state | {
             "real_env_steps": marked,
+            "figures": self.figures.totals,
             "governor": self.governor.save() | {"collected": marked},
             "marks": marks,
             "version": held.version if held else 0,
@@ -325,42 +322,21 @@ class Online:
 
     # ------------------------------------------------------------------------------------------------ telling
 
-    def _work(self, kind: str, seconds: float) -> None:
-        self.state["busy"][kind] += seconds
-        self.interval.busy[kind] = self.interval.busy.get(kind, 0.0) + seconds
-
     def _tick(self, bar: Any) -> None:
-        now = time.monotonic()
-        if now - self.heard > SAY_AFTER_S:
-            self.heard = now
+        if time.monotonic() - self.heard > SAY_AFTER_S:
+            self.heard = time.monotonic()
             waiting = ", ".join(post.name for post in self.executor.posts if not post.free)
             self.log.say(f"nothing has been answered for {SAY_AFTER_S:g} s; waiting for {waiting or 'steps to be due'}")
-        if bar is None or now - self.reported < REPORT_S:
+        if bar is None or self.figures.age < REPORT_S:
             return
-        self._report(now)
+        self._report()
         bar.set(updates=self.updates, trial=self.state["target_return"])
 
-    def _report(self, now: float) -> None:
+    def _report(self) -> None:
         """What happened since the last report."""
-        seconds, workers, got = now - self.reported, self._workers(), self.governor.state()
-        self.reported = now
-        self.state["online_seconds"] += seconds
-        interval, self.interval = self.interval, Interval(self.updates, got["collected"])
-        self._tell(
-            "train",
-            **interval.means(),
-            updates=self.updates,
-            train_ratio=got["ratio"],
-            set_train_ratio=got["set_ratio"],
-            staleness_mean=float(np.mean(interval.stale)) if interval.stale else None,
-            staleness_max=max(interval.stale, default=None),
-            steps_per_second=(got["collected"] - (interval.steps or 0)) / seconds,
-            updates_per_second=interval.count / seconds,
-            **{f"busy_{kind}": busy / seconds / workers.get(kind, 1) for kind, busy in interval.busy.items()},
-        )
-
-    def _workers(self) -> dict[str, int]:
-        return {"collect": sum(post.kind == "collect" for post in self.executor.posts)}
+        got = self.governor.state()
+        told = self.figures.report(got["collected"])
+        self._tell("train", updates=self.updates, train_ratio=got["ratio"], set_train_ratio=got["set_ratio"], **told)
 
     def _tell(self, kind: str, **metrics: Any) -> None:
         self.log.write(kind, real_env_steps=self.collected, wall_seconds=round(self._wall(), 3), **metrics)
@@ -388,7 +364,7 @@ class Online:
     def _finish(self) -> dict[str, Any]:
         """The last measurement, which decides nothing, and the run's summary."""
         state, count = self.state, self.config.evaluate.episodes
-        self._report(time.monotonic())
+        self._report()
         state["real_env_steps"] = self.collected
         self.save()
         state["phase"] = "evaluate"
@@ -407,9 +383,7 @@ class Online:
         return summary
 
     def _summary(self, returns: tuple[float, ...]) -> dict[str, Any]:
-        state, got, workers = self.state, self.governor.state(), self._workers()
-        most, total, count = state["staleness"]
-        wall = max(state["online_seconds"], 1e-9)
+        state, got = self.state, self.governor.state()
         return {
             "env_id": self.config.env.id,
             "seed": self.config.seed,
@@ -425,9 +399,7 @@ class Online:
             "lost_updates": state["lost_updates"],
             "train_ratio": got["ratio"],
             "set_train_ratio": got["set_ratio"],
-            "staleness_mean": total / count if count else None,
-            "staleness_max": most if count else None,
-            **{f"busy_{kind}": busy / wall / workers.get(kind, 1) for kind, busy in state["busy"].items()},
+            **self.figures.summary(),
             "wall_seconds": round(self._wall(), 1),
             "worker_deaths": state["worker_deaths"] + self.executor.deaths,
             "broken_episodes": state["broken_episodes"],
@@ -459,13 +431,13 @@ class Online:
         else:
             later = replay.aside
             replay.release()
+            self.figures.totals.update(saved.state["figures"])
             counts = saved.state["governor"]
             self.governor.load(counts | {"collected": counts["collected"] + later})
             self.updates, self.saved = saved.state["updates"], saved.tensors["learner"]
             self._keep_log(saved.state["log_rows"])
             self.log.say(f"resumed at step {self.collected}, update {self.updates}; {later} steps are later than that")
         self.base = self.collected - sum(mark["steps"] for mark in self.executor.marks)
-        self.interval = Interval(self.updates, self.collected)
         return None
 
     def _already(self) -> dict[str, Any] | None:
@@ -515,25 +487,6 @@ class Online:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-class Interval:
-    """What is told together in one report. `updates`, `steps`: as it began."""
-
-    def __init__(self, updates: int = 0, steps: int = 0):
-        self.updates, self.steps, self.count = updates, steps, 0
-        self.busy: dict[str, float] = {}
-        self.stale: list[int] = []
-        self._sums: dict[str, float] = {}
-
-    def learned(self, count: int, metrics: dict[str, float]) -> None:
-        """The means of an order's updates."""
-        self.count += count
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + count * value
-
-    def means(self) -> dict[str, float]:
-        return {name: value / self.count for name, value in self._sums.items()}
 
 
 def train(config: RunConfig, out: Path, executor: Any, log: RunLog) -> dict[str, Any]:

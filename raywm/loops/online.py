@@ -179,7 +179,7 @@ class Online:
         """Updates of an order: quick ones are published less often than `publish` says, or orders would cost more."""
         online, pace = self.config.online, self.pace["update"]
         quick = round(ORDER_S / 2 / pace) if pace else 1
-        return max(online.publish, min(quick, online.staleness // 4))
+        return max(online.publish, min(quick, online.staleness // 2))
 
     def _order_collect(self, post: Any) -> None:
         """Steps, with the newest weights, if that keeps the train ratio and the weights are not too old."""

@@ -91,6 +91,9 @@ class CountingParts(OnlineParts):
     def agent(self, policy, version, greedy=False):
         return CountingAgent(self.codec, policy, version)
 
+    def renewed(self, agent, policy, version):
+        return self.agent(policy, version)
+
 
 def config_of(env="raywm/Counting-v0", **changes):
     online = {"steps": 3000, "prefill": 200, "train_ratio": RATIO, "unit": 8, "publish": 2, "staleness": 16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +20,11 @@ from raywm.data.prefetch import Prefetch, Source
 from raywm.data.replay import Replay
 from raywm.endless import Endless
 from raywm.envs import make_env
+from raywm.learners.dreamer import DreamerLearner
+from raywm.learners.dreamer_agent import DreamerAgent
 from raywm.loops.executor import LocalRollouts
-from raywm.loops.parts import DEFAULT_HORIZON, cores, first_agent, time_limit
-from raywm.seeding import derive, rng
+from raywm.loops.parts import DEFAULT_HORIZON, cores, dreamer_specification, first_agent, time_limit
+from raywm.seeding import rng
 from raywm.spaces import ActionCodec, columns_to_json
 
 KEEP = -1  # a version: go on with the weights that are there
@@ -63,10 +65,7 @@ class OnlineParts:
 
     def specification(self) -> dict[str, Any]:
         """What learners and agents are built from."""
-        from raywm.loops.parts import dreamer_specification  # type: ignore[attr-defined]
-
-        spec: dict[str, Any] = dreamer_specification(self.config, self.columns, self.codec)
-        return spec
+        return dreamer_specification(self.config, self.columns, self.codec)
 
     def spaces(self) -> dict[str, Any]:
         """What a run directory keeps of the environment, so that its agent and report need no environment."""
@@ -76,18 +75,17 @@ class OnlineParts:
         """Who plays during the prefill."""
         return first_agent(self.config.collect, self.codec)
 
-    def agent(self, policy: Mapping[str, Tensor], version: int, greedy: bool = False) -> Agent:
-        from raywm.learners.dreamer_agent import DreamerAgent
+    def agent(self, policy: dict[str, Tensor], version: int, greedy: bool = False) -> Agent:
+        return DreamerAgent(self.spec, policy, version, greedy=greedy)
 
-        agent: Agent = DreamerAgent(self.spec, dict(policy), version, greedy=greedy)
-        return agent
+    def renewed(self, agent: Any, policy: dict[str, Tensor], version: int) -> Agent:
+        """A new object with the new weights, in place of `agent`, which must not act any more."""
+        return agent.renewed(policy, version)
 
     def learner(self, rank: int = 0, ranks: int = 1) -> Any:
         """A ``DreamerLearner``, on a GPU if the config reserves one."""
-        from raywm.learners.dreamer import DreamerLearner
-
-        seed, device = derive(self.config.seed, "learner"), "cuda" if self.config.dreamer.num_gpus else "cpu"
-        return DreamerLearner(self.spec, seed, device=device, rank=rank, ranks=ranks)
+        device = "cuda" if self.config.dreamer.num_gpus else "cpu"
+        return DreamerLearner(self.spec, self.config.seed, device=device, rank=rank, ranks=ranks)
 
     def threads(self) -> int:
         """CPU threads of a learner."""
@@ -111,18 +109,22 @@ class OnlineCollector:
     ):
         self.parts, self.collector, self.add, self.added, self.common = parts, collector, add, added, common
         self._endless: Endless | None = None
+        self._agent: Agent | None = None
 
     def advance(
-        self, steps: int, first: int, version: int = KEEP, policy: Mapping[str, Tensor] | None = None
+        self, steps: int, first: int, version: int = KEEP, policy: dict[str, Tensor] | None = None
     ) -> tuple[dict[str, Any], None]:
         """Take `steps` vector steps, the first time from episode number `first` on, with the weights of a new version
         if there is one; a collector that never had any plays by the first policy."""
         began = time.perf_counter()
-        agent = None if policy is None else self.parts.agent(policy, version)
+        if policy is not None and self._agent is None:
+            self._agent = self.parts.agent(policy, version)
+        elif policy is not None:
+            self._agent = self.parts.renewed(self._agent, policy, version)
         if self._endless is None:
-            self._endless = Endless(self.collector, agent or self.parts.first_agent(), first, common=self.common)
-        elif agent is not None:
-            self._endless.offer(agent)
+            self._endless = Endless(self.collector, self._agent or self.parts.first_agent(), first, common=self.common)
+        elif policy is not None and self._agent is not None:
+            self._endless.offer(self._agent)
         episodes, broken, taken = [], 0, 0
         for block, played, count in self._endless.advance(steps):
             self.add(block)
@@ -134,7 +136,7 @@ class OnlineCollector:
         return {"steps": taken, "episodes": episodes, "broken": broken, "vector": steps, "seconds": seconds}, None
 
     def play(
-        self, numbers: list[int], stream: str, version: int, policy: Mapping[str, Tensor]
+        self, numbers: list[int], stream: str, version: int, policy: dict[str, Tensor]
     ) -> tuple[dict[str, Any], None]:
         """Play episodes with the greedy agent, keeping nothing; [(number, steps, return)] of them."""
         began, self._endless = time.perf_counter(), None  # its environments are used
@@ -154,7 +156,7 @@ class OnlineLearner:
         self.learner = parts.learner(rank, ranks)
         self._batches: Prefetch | None = None
 
-    def begin(self, tensors: Mapping[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    def begin(self, tensors: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """Go on from what ``save`` gave, or from the start; the policy's weights."""
         if tensors is not None:
             self.learner.load(tensors)
@@ -181,9 +183,7 @@ class OnlineLearner:
 
     def save(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """Everything to go on from, for ``begin``: the same on all ranks."""
-        if self.rank:
-            return {}, None
-        return {}, {name: value.detach().to("cpu", copy=True) for name, value in self.learner.tensors().items()}
+        return {}, None if self.rank else self.learner.tensors()
 
     def _policy(self, wanted: bool) -> dict[str, Tensor] | None:
         return self.learner.policy() if wanted and not self.rank else None

@@ -10,7 +10,8 @@ from raywm import checkpoint
 from raywm import config as configs
 from raywm.agent import Agent, LiveAgent
 from raywm.controllers import Controller, ControllerAgent
-from raywm.loops.parts import specification
+from raywm.learners.dreamer_agent import DreamerAgent
+from raywm.loops.parts import dreamer_specification, specification
 from raywm.models import build_model
 from raywm.spaces import ActionCodec, columns_from_json
 
@@ -72,14 +73,10 @@ class SavedDreamer(SavedRun):
 
     def agent(self) -> Agent:
         """The greedy agent."""
-        from raywm.learners.dreamer_agent import DreamerAgent
-        from raywm.loops.parts import dreamer_specification  # type: ignore[attr-defined]
-
         if not self.policy:
             raise ValueError(self.why)
         spec = dreamer_specification(self.config, self.columns, self.codec)
-        agent: Agent = DreamerAgent(spec, self.policy, self.version, greedy=True)
-        return agent
+        return DreamerAgent(spec, self.policy, self.version, greedy=True)
 
 
 class Saved(SavedRun):

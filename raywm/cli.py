@@ -462,7 +462,7 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
 
 def _nothing_yet(out: Path) -> bool:
     """Whether `out` holds only what a run leaves that failed before its first episode: it may be started anew."""
-    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes"}
+    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes", "starts.json"}
     if {p.name for p in out.iterdir() if not p.name.startswith(".")} - made or any(out.glob("episodes/[!.]*")):
         return False
     try:

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from raywm import checkpoint
-from raywm.agent import Agent
+from raywm.agent import Agent, load_agent
+from raywm.cli import app
 from raywm.collect import Collector
 from raywm.config import parse
 from raywm.data.store import EpisodeStore
@@ -24,6 +26,7 @@ from raywm.log import RunLog
 from raywm.loops import online as module
 from raywm.loops.online import Online
 from raywm.loops.online_work import LocalOnline, OnlineParts
+from raywm.loops.saved import Saved
 
 BATCH, SEQUENCE, RATIO = 4, 8, 4.0
 
@@ -253,6 +256,27 @@ def test_what_does_not_go_together_is_said(tmp_path):
         CountingParts(config_of(dreamer={"batch": 4, "learners": 3}))
     with pytest.raises(ValueError, match=r"online.publish: got 20, expected at most online.staleness=16"):
         CountingParts(config_of(online={"publish": 20}))
+
+
+def test_dreamer_from_the_command_line(tmp_path):
+    """The real learner: trained, continued, evaluated, and its agent loaded from the directory alone."""
+    small = ["dreamer.batch=2", "dreamer.sequence=4", "dreamer.horizon=3", "dreamer.threads=1", "evaluate.episodes=2"]
+    online = ["online.prefill=60", "online.train_ratio=1", "online.evaluate_every=50", "online.evaluate_episodes=1"]
+    command = ["train", "dreamer-cartpole", *small, *online, "--out", str(tmp_path), "--in-process", "--resume"]
+    for steps in (100, 140):
+        result = CliRunner().invoke(app, [*command, f"online.steps={steps}"])
+        assert result.exit_code == 0, result.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 132 < summary["real_env_steps"] <= 140
+    assert summary["updates"] == (summary["real_env_steps"] - 60) // 8  # a batch is 8 rows
+    assert rows_of(tmp_path, "train")[-1]["model_loss"] > 0
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--json"])
+    assert json.loads(result.stdout)["return_mean"] == summary["real_return_mean"]
+    live = load_agent(tmp_path)
+    live.reset()
+    assert live.act(np.zeros(4, np.float32)) in (0, 1) and live.agent.version == summary["updates"]
+    with pytest.raises(ValueError, match="is a run of dreamer, expected one of vmc"):
+        Saved(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- on Ray

@@ -165,8 +165,10 @@ class Online:
 
     def _order_learn(self, post: Any) -> None:
         """Updates, as many as are due and make an order; at times its state, to be saved."""
-        if self.running and time.monotonic() - self.checked > self.config.online.checkpoint_s:
+        if self.running and self.collected and time.monotonic() - self.checked > self.config.online.checkpoint_s:
             self.save_due = True
+        if self.save_due and self.state["stopped"] and self.weights and self.weights.version < self.updates:
+            return self.executor.order(post, "begin", None)  # the run's last weights
         if self.save_due:
             return self.executor.order(post, "save")
         count = min(self.governor.due(self.rows), self._updates())

@@ -157,7 +157,7 @@ class OnlineLearner:
         self._batches: Prefetch | None = None
 
     def begin(self, tensors: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
-        """Go on from what ``save`` gave, or from the start; the policy's weights."""
+        """Go on from what ``save`` gave, or from where it is; the policy's weights."""
         if tensors is not None:
             self.learner.load(tensors)
         return {"updates": int(self.learner.updates)}, self._policy(True)

@@ -162,6 +162,12 @@ class Play:
             recording.grow(oldest)
         self._until = oldest + recording.room
 
+    def flush(self) -> None:
+        """What running episodes have seen and not handed over becomes pieces."""
+        for row in self.active:
+            if row.episode is not None and self.recording.time + 1 > row.episode.sent:
+                self._cut(row, False)
+
     def take(self, rows: int) -> tuple[list[Piece], dict[str, np.ndarray]]:
         """The first of the pieces, as many as it takes to have so many rows, and (with `keep`) their rows.
 

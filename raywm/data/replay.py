@@ -114,6 +114,7 @@ class Replay:
         self._tree = SumTree(4096) if mode == "prioritized" else None  # over the keys of _train, modulo its size
         self._top = 1.0  # the largest priority ** alpha so far
         self._open: dict[str, int] = {}  # rows of incomplete episodes, as they began
+        self._steps = 0  # transitions that have arrived
         self._tail: deque[str] = deque(maxlen=TAIL)  # the last that completed
         self._aside: dict[str, list[tuple[int, int, bool]]] = {}  # pieces of what came after the mark
         self._backlog: list[tuple[str, int, bool]] | None = None  # what is there already, while a mark is looked up
@@ -140,6 +141,7 @@ class Replay:
     def _note(self, id: str, rows: int, last: bool) -> int:
         """Keep the mark up to date. Returns the episode's rows by now."""
         whole = self._open.get(id, 0) + rows
+        self._steps += rows - (whole == rows)  # an episode's first row is none
         if last:
             self._open.pop(id, None)
             self._tail.append(id)
@@ -182,7 +184,15 @@ class Replay:
     def mark(self) -> dict[str, Any]:
         """JSON that tells what has arrived by now, for ``until`` when the store is opened again."""
         with self.store.lock:
-            return {"tail": list(self._tail), "open": dict(list(self._open.items())[-OPEN:])}
+            open_rows = dict(list(self._open.items())[-OPEN:])
+            return {"tail": list(self._tail), "open": open_rows, "steps": self._steps}
+
+    @property
+    def aside(self) -> int:
+        """Transitions that are set aside as later than ``until``."""
+        with self.store.lock:
+            pieces = [piece for pieces in self._aside.values() for piece in pieces]
+            return sum(rows - (whole == rows) for rows, whole, _ in pieces)
 
     def _resume(self, until: Mapping[str, Any]) -> None:
         self._backlog = []

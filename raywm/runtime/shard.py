@@ -165,6 +165,10 @@ class ReplayShard:
         """See `Replay.mark`."""
         return self._replay(law, shard).mark
 
+    def aside(self, law: Law, shard: int) -> int:
+        """See `Replay.aside`."""
+        return self._replay(law, shard).aside
+
     def release(self, law: Law, shard: int) -> None:
         """See `Replay.release`."""
         self._replay(law, shard).release()

@@ -143,6 +143,11 @@ class ShardedReplay:
         """JSON that tells what has arrived by now, for ``until``."""
         return self._ask("replay_mark")
 
+    @property
+    def aside(self) -> int:
+        """Transitions that are set aside as later than ``until``."""
+        return sum(self._ask("aside"))
+
     def release(self) -> None:
         """Let what was set aside as later than ``until`` be sampled."""
         self._ask("release")

@@ -106,7 +106,10 @@ class Lane:
         self.use(agent)
 
     def use(self, agent: Agent) -> None:
-        self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        try:
+            self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        except Exception as error:
+            raise ValueError(f"agent {agent.name!r} failed in initial: {type(error).__name__}: {error}") from error
 
 
 class Play:

@@ -101,9 +101,7 @@ def test_what_is_wrong_is_said_in_one_line(override, said):
 
 def test_stalls_are_found_before_an_answer_is_given_up():
     assert load("collect.stall_s=5", "collect.timeout_s=6").collect.stall_s == 5
-    with pytest.raises(
-        ValueError, match=r"collect\.stall_s: got 60, expected less than collect\.timeout_s=60, .* lower"
-    ):
+    with pytest.raises(ValueError, match=r"collect\.stall_s: got 60, expected less than .*=60, .* lower"):
         load("collect.timeout_s=60")
 
 

@@ -328,7 +328,7 @@ class WorkerPool:
                         self._bury(
                             slot,
                             f"no answer within {self._timeout_s:g} s: it hangs where Python cannot look (a call that "
-                            "holds the GIL), or its work takes longer",
+                            "holds the GIL), or its work takes longer (then raise timeout_s)",
                         )
             self._watch(now)
 

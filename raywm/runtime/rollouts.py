@@ -181,8 +181,8 @@ class Rollouts:
             last = f"; {self._reason}" if self._reason else ""
             raise ValueError(
                 f"environment {self._env!r}: {self._broken} of {count} episodes broke, the last of them {broken[-1]}"
-                f"{last}; raywm data verify says why. Mend the environment, or raise "
-                f"collect.stall_s={self.config.stall_s:g} if it is only slow"
+                f"{last}; raywm data verify says why. Mend the environment or the agent, or raise "
+                f"collect.stall_s={self.config.stall_s:g} where it is only slow"
             )
         return played
 

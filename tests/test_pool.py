@@ -94,7 +94,7 @@ def test_broadcasts_are_in_order_and_the_last_one_counts(ray_session):
         assert workers.broadcast("set_state", "old", 1) == 1
         assert workers.broadcast("set_state", "new", 2) == 2
         assert {v for _, v in workers.map("read", ((i, (i,)) for i in range(4)))} == {("new", 2)}
-        os.kill(workers.pids()[1], signal.SIGKILL)  # noticed only in the next map
+        os.kill(workers.ready().pids()[1], signal.SIGKILL)  # noticed only in the next map
         workers.broadcast("set_state", "newest", 3)
         assert {v for _, v in workers.map("read", ((i, (i,)) for i in range(4)))} == {("newest", 3)}
 
@@ -132,7 +132,7 @@ def test_unit_that_kills_its_workers_is_named(ray_session):
     with pool() as workers:
         with pytest.raises(RuntimeError, match="'poison' has taken down 4 workers"):
             list(workers.map("die", [("good", ("good",)), ("poison", ("poison",))]))
-        assert workers.deaths == 4
+        assert workers.deaths in (4, 5)  # good's answer may be lost with the worker that poison, behind it, took down
 
 
 def test_a_unit_that_kills_its_workers_is_divided(ray_session):

@@ -139,7 +139,10 @@ def test_an_environment_that_takes_its_process_down_costs_its_episode(ray_sessio
     work._size = lambda left: 8
     try:
         assert sorted(n for n, steps, _ in work.collect(numbers, "collect") if not steps) == bad
-        assert work.deaths in (5, 6)  # with 8 episodes, 4, 2, and alone twice; or first behind a unit whose answer is lost
+        assert work.deaths in (
+            5,
+            6,
+        )  # with 8 episodes, 4, 2, and alone twice; or first behind a unit whose answer is lost
         # when its return is wanted it is an error, which names it
         with pytest.raises(ChildProcessError, match=f"play of unit {bad[0]} has taken down 4 workers"):
             work.play(bad, "collect")

@@ -11,7 +11,9 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -486,13 +488,25 @@ def _lock(file: Any, out: Path) -> None:
 
 @contextlib.contextmanager
 def _interruptible(command: Sequence[str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run alike: what is open is closed, and how to continue is said."""
+    code = 130
+
+    def terminate(*_: Any) -> None:
+        nonlocal code
+        code = 128 + signal.SIGTERM
+        raise KeyboardInterrupt  # Ray makes this of whatever a handler raises while it is waited for
+
+    before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     except KeyboardInterrupt:
         if _State.debug:
             traceback.print_exc()
         typer.echo(f"\nstopped; continue with: {shlex.join(command)}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(code) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -106,7 +106,10 @@ class Lane:
         self.use(agent)
 
     def use(self, agent: Agent) -> None:
-        self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        try:
+            self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        except Exception as error:
+            raise ValueError(f"agent {agent.name!r} failed in initial: {type(error).__name__}: {error}") from error
 
 
 class Play:
@@ -264,7 +267,13 @@ class Play:
         if lane.new:  # whatever its rows have seen, the agent has not
             lane.new, is_first = False, np.ones(len(is_first), bool)
         agent, recording = lane.agent, self.recording
-        action, lane.state = agent.act(recording.now, lane.state, is_first, lane.rngs)
+        try:
+            action, lane.state = agent.act(recording.now, lane.state, is_first, lane.rngs)
+        except Exception as error:
+            rows = [row for row in self.active if row.episode is not None and row.episode.lane is lane]
+            playing = ", ".join(str(row.episode.number) for row in rows if row.episode is not None)
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"agent {agent.name!r} failed in act, playing episodes {playing}: {what}") from error
         shape = (self.collector.envs, *self.collector.codec.shape)
         if getattr(action, "shape", None) != shape:
             raise ValueError(f"agent {agent.name!r} acted {np.shape(action)}, expected {shape}: an action a row")

@@ -48,7 +48,7 @@ Rollouts.collect = noted
 config = parse({
     "env": {"id": "test_chaos:SlowCounting"},
     "address": address,
-    "collect": {"workers": 4, "timeout_s": 30},
+    "collect": {"workers": 4, "timeout_s": 30, "stall_s": 20},
     "replay": {"shards": "nodes", "storage": f"file://{out}-copies", "segment_mb": 0.1, "seal_s": 2},
 })
 print(json.dumps(collect_dataset(config, out, episodes=int(sys.argv[4]), policy="random", resume=True)))

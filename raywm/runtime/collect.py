@@ -80,7 +80,11 @@ def collect_dataset(
     place.open({**card, "spaces": spaces}, resume)
     if place.uri is not None:
         config = config.model_copy(update={"replay": config.replay.model_copy(update={"storage": place.uri})})
-    with _rollouts(config, place.directory, columns, codec, in_process, console, place.known) as rollouts:
+    modules = [module for module in [type(agent).__module__] if module.split(".")[0] not in ("raywm", "__main__")]
+    if ":" in config.env.id:
+        modules.append(config.env.id.split(":")[0])
+    where = columns, codec, in_process, console, place.known, modules
+    with _rollouts(config, place.directory, *where) as rollouts:
         place.write(columns, codec, card)
         if fixes is not None:
             fixes.append("what is collected is kept: mend it, and go on with --resume")
@@ -204,7 +208,14 @@ class _Place:
 
 @contextlib.contextmanager
 def _rollouts(
-    config: RunConfig, directory: Path, columns: Any, codec: Any, in_process: bool, console: Console, adopt: bool
+    config: RunConfig,
+    directory: Path,
+    columns: Any,
+    codec: Any,
+    in_process: bool,
+    console: Console,
+    adopt: bool,
+    modules: list[str],
 ) -> Iterator[Any]:
     sections = config.env, config.collect, config.replay, config.seed, directory, columns, codec
     if in_process:
@@ -217,7 +228,6 @@ def _rollouts(
     from raywm.runtime.rollouts import Rollouts
 
     started = not ray.is_initialized()
-    modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
     connect(config.address, config.collect.workers, modules=modules, say=console.say)
     try:
         with contextlib.closing(

@@ -118,7 +118,7 @@ def test_collection_survives_everything(tmp_path, monkeypatch):
                 assert len(places) == 3
                 before = {name: len(os.listdir(out / name)) for name in places}
                 # not the first shard's node, which the driver is attached to: the driver dies later
-                victim, theirs = next((n, s) for n in nodes if (s := shard_of(n, out)) != "shard-000")
+                victim, theirs = next((n, s) for n in nodes if not (s := shard_of(n, out)).startswith("shard-000"))
                 workers = [
                     child.pid for pid in raylets(victim) for child in psutil.Process(pid).children(recursive=True)
                 ]

@@ -401,7 +401,7 @@ def pieces(episode, size):
 
 
 def test_two_lives_of_one_shard_lose_and_double_nothing(tmp_path):
-    """Its node is lost, it goes on elsewhere, and the node comes back: both wrote segment 3, with different episodes."""
+    """Its node is lost, it goes on elsewhere, and the node comes back: both wrote a segment 3, of other episodes."""
     here = Collector(COUNTING, 0, 2)
     episodes = list(here.collect(RandomAgent(here.codec), range(12)))
     long = max(episodes[:4], key=len)
@@ -557,14 +557,14 @@ def test_collectors_do_not_wait_for_what_a_shard_fetches(tmp_path, monkeypatch):
     law = (("mode", "steps"),)
     for episode in episodes[8:]:
         assert b.add(to_table(episode)) == 1
-    b.mark("collect-000000020", {"broken": "it raised"})
+    b.mark("collect-000000012", {"broken": "it raised"})
     assert b.add(to_table(episodes[0])) == 1  # nobody knows yet that it is there
     assert {n for n, *_ in b.which("collect", list(range(12)))} == {0, 8, 9, 10, 11}
     b.open_replay(law, 0)
     assert b.mass(law)[0] > 0 and b.stats()["episodes"] == 5
     b._sync()  # what is not here yet was not evicted
     assert len(Mirror(str(copies)).names()) == 8 + 6 and not (go.set() or b._failed)
-    assert [n for n, *_ in b.stored("collect", 0)] == [*range(12), 20]
+    assert [n for n, *_ in b.stored("collect", 0)] == [*range(13)]
     assert not b.serves(law)  # told so, the learner opens it again
     b.close()
     numbers = [int(name[8:16]) for name in sorted(os.listdir(tmp_path / "b")) if name.startswith("segment")]

@@ -159,8 +159,8 @@ def _meta(path: Path) -> dict[str, Any]:
     names = pq.read_schema(path).names
     if "episode_id" not in names:
         raise ValueError(
-            f"{path} has columns {names}, expected episode_id, t, obs.*, ...: it was exported with --format rllib, which "
-            "leaves out what an episode needs; export the dataset with --format parquet"
+            f"{path} has columns {names}, expected episode_id, t, obs.*, ...: it was exported with --format rllib, "
+            "which leaves out what an episode needs; export the dataset with --format parquet"
         )
     meta: dict[str, Any] = json.loads(raw)
     return meta

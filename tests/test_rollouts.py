@@ -470,6 +470,23 @@ def test_what_another_life_left_unfinished_takes_nothing_away(tmp_path):
                 same(store.get(whole.id), whole)
 
 
+def test_what_is_begun_again_while_a_segment_is_away_takes_nothing_away(tmp_path):
+    """It was damaged, say, and comes from the storage again when the same directory has begun its episodes anew."""
+    here = Collector(COUNTING, 0, 2)
+    whole, marked = here.collect(RandomAgent(here.codec), range(2))
+    with EpisodeStore(tmp_path / "a", here.columns, here.codec) as store:
+        store.add(join([whole, marked]))
+    (path,) = (tmp_path / "a").glob("segment*")
+    path.rename(tmp_path / "away")
+    with EpisodeStore(tmp_path / "a", here.columns, here.codec, after=1) as store:
+        store.add(to_table(whole, 0, 2))
+        store.mark(marked.id, {"broken": "here"})
+    (tmp_path / "away").rename(path)
+    with EpisodeStore(tmp_path / "a", read_only=True) as store:
+        assert store.ids() == sorted([whole.id, marked.id]) and not store.broken
+        same(store.get(whole.id), whole)
+
+
 def test_older_names_of_segments_are_read_and_gone_on_with(tmp_path):
     here = Collector(COUNTING, 0, 2)
     first, second, third = here.collect(RandomAgent(here.codec), range(3))

@@ -125,7 +125,8 @@ class ShardedReplay:
     """Sequences from all shards of a run, as if they were one `Replay`; a source for `Prefetch`.
 
     Each shard draws and copies its part on its own node, as many sequences as its share of the rows (of the priorities,
-    of the episodes: of what the law counts), as they were when the batch before was drawn.
+    of the episodes: of what the law counts), as they were when the batch before was drawn. A shard that is restarted
+    has no priorities any more, and goes on keeping aside what was later than `until` when this was made.
 
     Args:
         shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, alpha, beta,

@@ -23,7 +23,8 @@ import pyarrow as pa
 from raywm.data.episode import from_columns
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's end of stream
-NAME = re.compile(r"segment-(\d{8})(\.open)?\.arrows")
+# Number, the lineage of the directory that wrote it (``raywm.data.lineage``; older ones have none), open or sealed.
+NAME = re.compile(r"segment-(\d{8})(?:-([0-9a-f]{8}))?(\.open)?\.arrows")
 HEADER, HEADER_CRC = b"raywm", b"raywm.crc"
 
 
@@ -81,9 +82,15 @@ class Segment:
     _start_crc: int = 0
     _header: tuple[int, dict[str, Any]] | None = None  # the last one read, by its offset
 
+    @property
+    def lineage(self) -> str:
+        """Of the directory that wrote it."""
+        match = NAME.fullmatch(self.path.name)
+        return match.group(2) or "" if match else ""
+
     @classmethod
-    def create(cls, directory: Path, number: int, schema: pa.Schema) -> Segment:
-        path = directory / f"segment-{number:08d}.open.arrows"
+    def create(cls, directory: Path, number: int, lineage: str, schema: pa.Schema) -> Segment:
+        path = directory / f"segment-{number:08d}-{lineage}.open.arrows"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         start = stream_start(schema)
         return cls(path, number, True, schema=schema, _fd=fd, _start=len(start), _start_crc=zlib.crc32(start))
@@ -211,7 +218,7 @@ class Segment:
         finally:
             os.close(fd)
             self._fd = None
-        sealed = self.path.with_name(f"segment-{self.number:08d}.arrows")
+        sealed = self.path.with_name(sealed_name(self.path.name))
         os.rename(self.path, sealed)
         sync_directory(sealed.parent)
         self.path, self.open = sealed, False
@@ -273,6 +280,11 @@ def _parse(head: bytes) -> dict[str, Any]:
         rest = {name: header.pop(name) for name in ("rows", "crc")}
         header = {"pieces": [header | {"rows": rest["rows"]}], "common": {}, **rest}
     return header
+
+
+def sealed_name(name: str) -> str:
+    """What a segment's file is called once it is sealed."""
+    return name.replace(".open.", ".")
 
 
 def walk_pieces(segments: list[Segment]) -> Iterator[Piece]:

@@ -179,8 +179,10 @@ class _Place:
             return card
 
     def write(self, columns: dict[str, Any], codec: ActionCodec, card: dict[str, Any]) -> None:
-        """The card, before the first episode."""
+        """The card, before the first episode; at a resume, which command it was."""
         if self._card() is not None:
+            if card["made_with"]:
+                self._update(made_with=card["made_with"])
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         write_card(self.directory, columns, codec, **card)
@@ -192,7 +194,10 @@ class _Place:
 
     def count(self, episodes: int) -> None:
         """How many there are, in the card: what is lost from the end of a dataset leaves no gap."""
-        card = {**(self._card() or {}), "episodes": episodes}
+        self._update(episodes=episodes)
+
+    def _update(self, **changes: Any) -> None:
+        card = {**(self._card() or {}), **changes}
         if self.uri is None:
             atomic_write_json(self.directory / CARD, card)
         else:

@@ -58,7 +58,7 @@ class Rollouts:
             directory,
             columns,
             codec,
-            place(directory, replay.shards == "nodes"),
+            place(directory, replay.shards == "nodes", storage),
             storage=storage,
             segment_bytes=int(replay.segment_mb * mb),
             capacity_bytes=None if replay.capacity_mb is None else int(replay.capacity_mb * mb),

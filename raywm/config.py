@@ -189,6 +189,75 @@ class DreamConfig(Section):
     timeout_s: Positive = Field(300.0, description="Seconds after which a dream worker's answer counts as lost.")
 
 
+class RSSMConfig(Section):
+    """The recurrent state-space model of a Dreamer run. A size names all widths; those given beside it replace its."""
+
+    size: Literal["nano", "1M", "12M", "25M", "50M", "100M", "200M", "400M"] = Field(
+        "nano", description="Widths of the official sizes (Nature 2025); nano is for laptops."
+    )
+    latent: Literal["categorical", "gaussian"] = Field(
+        "categorical", description="Stochastic state: Dreamer v2 and v3's, or PlaNet's and Dreamer v1's."
+    )
+    deter: Count | None = Field(None, description="Size of the deterministic state.")
+    stoch: Count | None = Field(None, description="Categorical variables, or Gaussian dimensions.")
+    classes: Count | None = Field(None, description="Classes of each variable (categorical).")
+    units: Count | None = Field(None, description="Hidden units of encoders, decoders, heads, actor and critic.")
+    hidden: Count | None = Field(None, description="Hidden units inside the dynamics.")
+    depth: Count | None = Field(None, description="Channels of the first convolution.")
+    blocks: Count | None = Field(None, description="Blocks of the recurrent matrix; 1 is a plain GRU.")
+    symlog: bool = Field(True, description="Vectors are squashed by symlog, encoded and decoded.")
+    bins: int = Field(255, ge=3, description="Of two-hot rewards and values.")
+    unimix: Fraction = Field(0.01, description="Share of the uniform distribution in every categorical.")
+    free_nats: NonNegative = Field(1.0, description="The KL below which neither side of it costs anything.")
+    dyn_scale: NonNegative = Field(1.0, description="Weight of the KL that trains the prior.")
+    rep_scale: NonNegative = Field(0.1, description="Weight of the KL that trains the posterior.")
+
+
+class DreamerConfig(Section):
+    """The Dreamer learner: world model, actor and critic in one update."""
+
+    batch: Count = Field(16, description="Sequences a batch, over all learners.")
+    sequence: int = Field(64, ge=2, description="Rows a sequence.")
+    context: Natural = Field(
+        1, description="Rows in front of a sequence that only bring the model into its state, from a stored one."
+    )
+    horizon: Count = Field(15, description="Steps of a dream.")
+    discount_horizon: Positive = Field(333.0, description="The discount is 1 - 1 / this.")
+    lam: Fraction = Field(0.95, description="Of the lambda-return.")
+    entropy: NonNegative = Field(3e-4, description="Weight of the actor's entropy.")
+    actor_grad: Literal["reinforce", "dynamics"] = Field(
+        "reinforce", description="Dreamer v3's estimator, or v1's through the dynamics (continuous actions)."
+    )
+    critic_decay: Fraction = Field(0.98, description="Of the slow critic that the critic is held to.")
+    replay_value: NonNegative = Field(0.3, description="Weight of the critic's loss on replayed states.")
+    return_decay: Fraction = Field(0.99, description="Of the percentiles that returns are normalised by.")
+    actor_layers: Count = Field(3, description="Hidden layers of actor and critic.")
+    optimiser: Literal["laprop", "adam"] = Field("laprop", description="With adaptive gradient clipping.")
+    lr: Positive = Field(4e-5, description="Learning rate of everything.")
+    warmup: Natural = Field(1000, description="Updates over which the learning rate rises to its value.")
+    agc: NonNegative = Field(0.3, description="A tensor's gradient is at most this share of its norm; 0: unbounded.")
+    accumulate: Count = Field(1, description="Parts that a batch is worked through in, for models that need memory.")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of matrix products; auto: the fastest.")
+    compile: bool = Field(False, description="torch.compile; on a GPU with CUDA graphs. Minutes once, faster after.")
+    learners: Count = Field(1, description="Learner actors, which share each batch.")
+    num_gpus: NonNegative = Field(0.0, description="GPUs that a learner actor reserves.")
+    threads: Natural = Field(0, description="CPU threads of a learner; 0 takes all cores.")
+
+
+class OnlineConfig(Section):
+    """Collecting and training at the same time."""
+
+    steps: Count = Field(100_000, description="Real environment steps of the run.")
+    prefill: Natural = Field(1000, description="Steps of the first policy before the training begins.")
+    train_ratio: Positive = Field(256.0, description="Rows replayed per step collected.")
+    unit: Count = Field(32, description="Steps an environment takes between two words with the driver, at most.")
+    publish: Count = Field(4, description="Updates between two versions of the weights that collectors get.")
+    staleness: Count = Field(64, description="Updates that a collector's weights may be behind before it waits.")
+    evaluate_every: Natural = Field(5000, description="Real steps between two evaluations beside; 0: none.")
+    evaluate_episodes: Count = Field(10, description="Episodes of such an evaluation.")
+    checkpoint_s: Positive = Field(60.0, description="Seconds between two checkpoints.")
+
+
 class EvaluateConfig(Section):
     """The final measurement, which decides nothing."""
 
@@ -205,6 +274,9 @@ class LogConfig(Section):
 class RunConfig(Section):
     """Everything that decides what a run does."""
 
+    algorithm: Literal["vmc", "dreamer"] = Field(
+        "vmc", description="V-M-C evolved in dreams turn by turn, or Dreamer online."
+    )
     seed: Natural = Field(0, description="The one seed that every random stream derives from.")
     iterations: Count = Field(10, description="Turns of the loop, at most.")
     address: str | None = Field(None, description="Ray cluster to join; without one a private local Ray starts.")
@@ -218,6 +290,9 @@ class RunConfig(Section):
     controller: ControllerConfig = ControllerConfig()
     evolve: EvolveConfig = EvolveConfig()
     dream: DreamConfig = DreamConfig()
+    rssm: RSSMConfig = RSSMConfig()
+    dreamer: DreamerConfig = DreamerConfig()
+    online: OnlineConfig = OnlineConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
 
@@ -231,6 +306,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
+        for section in (s for name, parts in OF.items() if name != self.algorithm for s in parts):
+            if getattr(self, section) != type(getattr(self, section))():
+                other = next(name for name, parts in OF.items() if section in parts)
+                raise ValueError(
+                    f"{section}: got values for algorithm={other} with algorithm={self.algorithm}, which does not use "
+                    f"them; expected some of {', '.join(OF[self.algorithm])}"
+                )
         if self.evolve.learner == "reinforce" and self.evolve.where != "dream":
             raise ValueError(
                 f"evolve.where: got '{self.evolve.where}', expected 'dream' with evolve.learner=reinforce; "
@@ -238,6 +320,9 @@ class RunConfig(Section):
             )
         return self
 
+
+# Sections that only one algorithm reads: values for the other one are an error.
+OF = {"vmc": ("model", "fit", "controller", "evolve", "dream"), "dreamer": ("rssm", "dreamer", "online")}
 
 # What may differ when a run is resumed: where and how far it runs, never what it computes.
 RESUMABLE = (
@@ -252,6 +337,12 @@ RESUMABLE = (
     "replay.capacity_mb",
     "dream.workers",
     "dream.timeout_s",
+    "dreamer.learners",
+    "dreamer.threads",
+    "online.steps",
+    "online.evaluate_every",
+    "online.evaluate_episodes",
+    "online.checkpoint_s",
     "budget.*",
     "target.*",
     "evaluate.*",

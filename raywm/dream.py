@@ -17,7 +17,7 @@ class Dream(NamedTuple):
     """A dream of H steps from B starts, with gradients. Row t of `reward` and `cont` was received on arriving in
     `states[t + 1]`; `action[t]` led there."""
 
-    states: State  # leaves (H + 1, B, ...)
+    states: State  # leaves (H + 1, B, ...); empty where they were not asked for
     features: Tensor  # (H + 1, B, F)
     action: Tensor  # (H, B, A)
     reward: Tensor  # (H, B)
@@ -31,26 +31,28 @@ def dream(
     horizon: int,
     rng: torch.Generator,
     temperature: float = 1.0,
+    *,
+    states: bool = True,
 ) -> Dream:
-    """Imagine `horizon` steps from `start` (leaves (B, ...)), keeping everything, gradients included."""
+    """Imagine `horizon` steps from `start` (leaves (B, ...)), keeping everything, gradients included.
+
+    `states=False` leaves them out of what is returned, for learners that look at features only."""
     state = start
     batch = next(iter(start.values())).shape[0]
-    states, features, actions, rewards, conts = [state], [model.features(state)], [], [], []
+    kept, features, actions, told = [state], [model.features(state)], [], []
     for t in range(horizon):
         action = policy(features[-1], t)
-        state, reward, cont = model.imagine(state, action, model.noise(batch, rng), temperature)
-        states.append(state)
-        features.append(model.features(state))
+        state, now, said = model.advance(state, action, model.noise(batch, rng), temperature)
+        if states:
+            kept.append(state)
+        features.append(now)
         actions.append(action)
-        rewards.append(reward)
-        conts.append(cont)
-    return Dream(
-        {k: torch.stack([s[k] for s in states]) for k in start},
-        torch.stack(features),
-        torch.stack(actions),
-        torch.stack(rewards),
-        torch.stack(conts),
-    )
+        told.append(said)
+    stacked = torch.stack(features)  # (H+1, B, F)
+    whole = None if told[0] is None else torch.stack(told)  # type: ignore[arg-type]
+    reward, cont = model.outcomes(stacked[1:], whole)
+    leaves = {k: torch.stack([s[k] for s in kept]) for k in start} if states else {}
+    return Dream(leaves, stacked, torch.stack(actions), reward, cont)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from raywm.evaluate import open_loop_error
 from raywm.fit import Trainer
 from raywm.learners.fitness import DreamWorker
 from raywm.models import build_model
+from raywm.models.rssm import SIZES
 from raywm.seeding import derive
 from raywm.spaces import ActionCodec, columns_to_json, is_image
 
@@ -103,6 +104,25 @@ def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec
         feat_dim = build_model(**model).feat_dim
     controller = {"feat_dim": feat_dim, "act_dim": codec.dim, "kind": c.kind, "hidden": c.hidden}
     return {"model": model, "controller": controller, "codec": codec}
+
+
+def dreamer_specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
+    """Arguments that rebuild a Dreamer: "model" (of `build_model`), "actor" (of `Actor`), "codec" and "dreamer"."""
+    shapes = {k: (tuple(box.shape), is_image(box)) for k, box in columns.items()}
+    sizes = dict(config.rssm)
+    units = sizes["units"] or SIZES[sizes["size"]]["units"]
+    return {
+        "model": {"kind": "rssm", "columns": shapes, "act_dim": codec.dim, **sizes},
+        "actor": {
+            "kind": codec.kind,
+            "groups": codec.groups,
+            "units": units,
+            "layers": config.dreamer.actor_layers,
+            "unimix": config.rssm.unimix,
+        },
+        "codec": codec,
+        "dreamer": dict(config.dreamer),
+    }
 
 
 def time_limit(env: gymnasium.Env) -> int | None:

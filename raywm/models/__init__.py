@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from raywm.models.base import WorldModel
+from raywm.models.rssm import RSSM
 from raywm.models.vm import VM
 
-MODELS: dict[str, type[WorldModel]] = {"vm": VM}
+MODELS: dict[str, type[WorldModel]] = {"vm": VM, "rssm": RSSM}
 
 
 def build_model(kind: str, columns: dict[str, tuple[tuple[int, ...], bool]], act_dim: int, **sizes: Any) -> WorldModel:

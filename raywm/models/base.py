@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +41,30 @@ class Dreamer(Protocol):
 
     def features(self, state: State) -> Tensor: ...
 
+    def advance(
+        self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
+    ) -> tuple[State, Tensor, Tensor | None]: ...
 
-class WorldModel(nn.Module, ABC):
+    def outcomes(self, features: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+
+class Stepping:
+    """Steps of a dream whose outcomes are asked for once at its end, for models that have no cheaper way."""
+
+    def advance(
+        self: Any, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
+    ) -> tuple[State, Tensor, Tensor | None]:
+        """The arrival state, its features (B, F), and what ``outcomes`` needs besides them (B, *)."""
+        step = self.imagine(state, action, noise, temperature)
+        return step.state, self.features(step.state), torch.stack([step.reward, step.cont], -1)
+
+    def outcomes(self, features: Tensor, told: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Rewards (H, B) and probabilities of going on (H, B), from a dream's features (H, B, F) and told (H, B, *)."""
+        assert told is not None
+        return told[..., 0], told[..., 1]
+
+
+class WorldModel(nn.Module, Stepping, ABC):
     """A latent world model. All randomness comes in as `noise`, so that candidates can share it and nothing depends
     on who computes a step."""
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raywm.models.base import Noise, State, Step
+from raywm.models.base import Noise, State, Step, Stepping
 
 if TYPE_CHECKING:
     from raywm.models.vm import VM
@@ -33,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 256  # rows a thread whose gates fit a core's own cache
 
 
-class PackedVM:
+class PackedVM(Stepping):
     """Dreams like the VM it was built from, whose weights it copies. A state has one more leaf than the VM's, "zh", of
     which "z" and "h" are views; states without it are taken as well. Not to be shared between threads."""
 

@@ -1,0 +1,75 @@
+"""Dreamer's agent: the model's encoder and dynamics, and the actor, as they act in an environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from raywm.agent import Agent
+from raywm.learners.actor import Actor
+from raywm.models import build_model
+
+
+class DreamerAgent(Agent):
+    """Acts by the posterior state; draws its latents and actions from each row's generator, or, `greedy`, takes the
+    most likely action for a drawn state.
+
+    Args:
+        spec: of ``parts.dreamer_specification``; policy: of ``DreamerLearner.policy``; version: updates it has seen.
+
+    Raises ValueError for weights of another model.
+    """
+
+    name = "dreamer"
+
+    def __init__(self, spec: dict[str, Any], policy: dict[str, torch.Tensor], version: int = 0, greedy: bool = False):
+        self.spec, self.version, self.greedy, self.codec = spec, version, greedy, spec["codec"]
+        self.model = build_model(**spec["model"]).eval().requires_grad_(False)
+        self.actor = Actor(self.model.feat_dim, self.model.act_dim, **spec["actor"]).eval().requires_grad_(False)
+        for name, module in (("model", self.model), ("actor", self.actor)):
+            weights = {k.removeprefix(f"{name}."): v for k, v in policy.items() if k.startswith(f"{name}.")}
+            try:
+                missing, unknown = module.load_state_dict(weights, strict=False)
+            except RuntimeError as error:
+                raise ValueError(f"weights do not fit this agent: {str(error).splitlines()[-1].strip()}") from None
+            missing = [k for k in missing if not k.startswith(("decoder.", "reward.", "cont."))]
+            if missing or unknown:
+                raise ValueError(f"weights do not fit this agent: got {unknown[:3]}, expected {missing[:3]} as well")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        policy = {f"{n}.{k}": v for n, m in (("model", self.model), ("actor", self.actor)) for k, v in _used(m).items()}
+        return _rebuilt, (self.spec, {k: v.numpy() for k, v in policy.items()}, self.version, self.greedy)
+
+    def initial(self, B: int) -> dict[str, torch.Tensor]:
+        return {**self.model.initial(B), "action": torch.zeros(B, self.model.act_dim)}
+
+    @torch.inference_mode()
+    def act(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
+    ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        latent: Any = self.model.latent  # type: ignore[union-attr]
+        uniform = latent.uniform
+        S, A = latent.noise_dim, self.actor.noise_dim
+        drawn = np.empty((len(rngs), S + A), np.float32)
+        for row, rng in enumerate(rngs):
+            drawn[row, :S] = rng.random(S, np.float32) if uniform else rng.standard_normal(S, np.float32)
+            boxed = self.actor.kind == "box"
+            drawn[row, S:] = rng.standard_normal(A, np.float32) if boxed else rng.random(A, np.float32)
+        noise = torch.from_numpy(drawn)
+        inputs = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in obs.items()}
+        first = torch.from_numpy(is_first)
+        now = self.model.posterior(state, state["action"], inputs, first, {"stoch": noise[:, :S]})
+        action = self.actor.sample(self.model.features(now), None if self.greedy else noise[:, S:])
+        taken = self.codec.decode(action.numpy())
+        return taken, {**now, "action": torch.from_numpy(self.codec.encode(taken))}
+
+
+def _used(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in module.state_dict().items() if not k.startswith(("decoder.", "reward.", "cont."))}
+
+
+def _rebuilt(spec: dict[str, Any], policy: dict[str, np.ndarray], version: int, greedy: bool) -> DreamerAgent:
+    return DreamerAgent(spec, {k: torch.from_numpy(v) for k, v in policy.items()}, version, greedy)

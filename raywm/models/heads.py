@@ -1,0 +1,117 @@
+"""What Dreamer's networks say: categoricals with a floor, two-hot numbers, symlog, and the KLs between latents."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def symlog(x: Tensor) -> Tensor:
+    """sign(x) ln(|x| + 1): squashes large numbers, keeps small ones (arXiv 2301.04104, eq. 9)."""
+    return torch.sign(x) * torch.log1p(x.abs())
+
+
+def symexp(x: Tensor) -> Tensor:
+    """The inverse of symlog."""
+    return torch.sign(x) * torch.expm1(x.abs())
+
+
+def norm_mlp(sizes: list[int]) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU for every step between sizes.
+
+    DreamerV3 has RMSNorm; torch has no fused kernel of it for CPUs, where it costs five times a LayerNorm.
+    """
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        layers += [nn.Linear(a, b, bias=False), nn.LayerNorm(b), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+def initialise(module: nn.Module, scale: float = 1.0) -> None:
+    """Weights by a truncated normal with variance scale / mean of fan-in and fan-out, biases 0 (DreamerV3's)."""
+    for m in module.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(m.weight)
+            std = (scale * 2 / (fan_in + fan_out)) ** 0.5 / 0.87962566103423978  # that of a normal cut at 2 std
+            nn.init.trunc_normal_(m.weight, std=std, a=-2 * std, b=2 * std) if std else nn.init.zeros_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class Head(nn.Module):
+    """Hidden layers and a linear output, whose weights start at `scale` times their usual variance (0: it says 0)."""
+
+    def __init__(self, features: int, units: int, layers: int, outputs: int, scale: float = 1.0):
+        super().__init__()
+        self.hidden = norm_mlp([features, *[units] * layers])
+        self.out = nn.Linear(units, outputs)
+        initialise(self.hidden)
+        initialise(self.out, scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(..., F) -> (..., outputs) float32"""
+        return self.out(self.hidden(features)).float()
+
+
+class TwoHot(nn.Module):
+    """A number as a distribution over bins that lie evenly in symlog space (arXiv 2301.04104, section on the critic).
+
+    ``bins`` (K,) from -symexp(20) to symexp(20), symmetric, so that equal probabilities say exactly 0.
+    """
+
+    bins: Tensor
+
+    def __init__(self, count: int = 255, limit: float = 20.0):
+        super().__init__()
+        if count % 2 == 0:
+            raise ValueError(f"got {count} bins, expected an odd number: one of them is 0")
+        half = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64)).float()
+        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """(..., K) -> (...). Bins of opposite sign are added first: their rounding cancels, and even chances say 0."""
+        p, half = logits.softmax(-1), len(self.bins) // 2
+        return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1)
+
+    def loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
+        """Cross-entropy (...) of logits (..., K) with the two bins around a target (...), by its nearness to each; the
+        sum over targets."""
+        total = len(targets) * logits.logsumexp(-1)
+        for target in targets:
+            target = target.detach().float().clamp(self.bins[0], self.bins[-1]).contiguous()
+            above = torch.searchsorted(self.bins, target).clamp(1, len(self.bins) - 1)
+            low, high = self.bins[above - 1], self.bins[above]
+            share = (target - low) / (high - low)
+            at, weight = torch.stack([above - 1, above], -1), torch.stack([1 - share, share], -1)  # (..., 2)
+            total = total - (logits.gather(-1, at) * weight).sum(-1)
+        return total
+
+
+def mixed_probs(logits: Tensor, unimix: float) -> Tensor:
+    """Softmax over the last axis with a share of the uniform distribution: no choice ever has probability 0."""
+    p = logits.softmax(-1)
+    return p if unimix == 0 else (1 - unimix) * p + unimix / logits.shape[-1]
+
+
+def draw(probs: Tensor, uniform: Tensor) -> Tensor:
+    """One-hot samples of categoricals (..., K) by one uniform number (...) each: the inverse of the distribution."""
+    below = (probs.float().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True)
+    below = below.clamp_(max=probs.shape[-1] - 1)  # (..., 1); rounding may leave the last sum below 1
+    return torch.zeros_like(probs).scatter_(-1, below, 1.0)
+
+
+def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of independent categoricals, probabilities (..., S, K) -> (...)."""
+    return (p * (p.log() - q.log())).sum((-2, -1))
+
+
+def gaussian_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor) -> Tensor:
+    """KL(p || q) of diagonal Gaussians (..., S) -> (...)."""
+    ratio = (std_p / std_q) ** 2
+    return 0.5 * (ratio + ((mean_p - mean_q) / std_q) ** 2 - 1 - ratio.log()).sum(-1)
+
+
+def bernoulli_loss(logit: Tensor, target: Tensor) -> Tensor:
+    """-log p of targets in [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logit, target, reduction="none")

@@ -1,0 +1,392 @@
+"""The recurrent state-space model (PlaNet, arXiv 1811.04551; DreamerV3, arXiv 2301.04104 and Nature 2025).
+
+sequence model   deter[t] = core(deter[t-1], stoch[t-1], action[t])
+posterior        stoch[t] ~ q(. | deter[t], obs[t])
+prior            stoch[t] ~ p(. | deter[t])
+features         [deter, stoch] -> observation, reward, continuation
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raywm.models.base import Fit, Noise, State, Step, WorldModel
+from raywm.models.codecs import Columns, Decoder, Encoder
+from raywm.models.heads import (
+    Head,
+    TwoHot,
+    bernoulli_loss,
+    categorical_kl,
+    draw,
+    gaussian_kl,
+    initialise,
+    mixed_probs,
+    norm_mlp,
+    symexp,
+)
+
+if TYPE_CHECKING:
+    from raywm.data.batch import Batch
+
+# The official widths. `layers`: of encoder and decoder MLPs and, cut at 2, of the prior. nano is ours, for laptops.
+WIDTHS = ("deter", "stoch", "classes", "units", "hidden", "depth", "blocks", "layers")
+SIZES: dict[str, dict[str, int]] = {
+    name: dict(zip(WIDTHS, widths))
+    for name, widths in {
+        "nano": (128, 16, 8, 64, 64, 8, 1, 1),
+        "1M": (512, 32, 4, 64, 64, 4, 8, 3),
+        "12M": (2048, 32, 16, 256, 256, 16, 8, 3),
+        "25M": (3072, 32, 24, 384, 384, 24, 8, 3),
+        "50M": (4096, 32, 32, 512, 512, 32, 8, 3),
+        "100M": (6144, 32, 48, 768, 768, 48, 8, 3),
+        "200M": (8192, 32, 64, 1024, 1024, 64, 8, 3),
+        "400M": (12288, 32, 96, 1536, 1536, 96, 8, 3),
+    }.items()
+}
+MIN_STD = 0.1  # of Gaussian latents (PlaNet)
+
+Stats = dict[str, Tensor]  # of a distribution over stoch: "probs" (..., S, K), or "mean" and "std" (..., S)
+
+
+class Categorical:
+    """S categorical variables of K classes as one-hots, flattened, with straight-through gradients (DreamerV2)."""
+
+    uniform = True  # what its noise is
+
+    def __init__(self, stoch: int, classes: int, unimix: float):
+        self.noise_dim = stoch
+        self.shape, self.unimix = (stoch, classes), unimix
+        self.size = self.outputs = stoch * classes
+
+    def noise(self, lead: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        return torch.rand(*lead, self.shape[0], generator=rng, device=rng.device)
+
+    def central(self, lead: tuple[int, ...]) -> Tensor:
+        return torch.full((*lead, self.shape[0]), 0.5)
+
+    def stats(self, out: Tensor, temperature: float = 1.0) -> Stats:
+        logits = out.float().unflatten(-1, self.shape)
+        return {"probs": mixed_probs(logits if temperature == 1 else logits / temperature, self.unimix)}
+
+    def sample(self, stats: Stats, noise: Tensor) -> Tensor:
+        probs = stats["probs"]
+        one_hot = draw(probs.detach(), noise)
+        return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)
+
+    def kl(self, p: Stats, q: Stats) -> Tensor:
+        return categorical_kl(p["probs"], q["probs"])
+
+    def entropy(self, p: Stats) -> Tensor:
+        return -(p["probs"] * p["probs"].log()).sum((-2, -1))
+
+
+class Gaussian:
+    """A diagonal Gaussian of S dimensions (PlaNet, Dreamer v1)."""
+
+    uniform = False
+
+    def __init__(self, stoch: int):
+        self.size, self.outputs, self.noise_dim = stoch, 2 * stoch, stoch
+
+    def noise(self, lead: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        return torch.randn(*lead, self.size, generator=rng, device=rng.device)
+
+    def central(self, lead: tuple[int, ...]) -> Tensor:
+        return torch.zeros(*lead, self.size)
+
+    def stats(self, out: Tensor, temperature: float = 1.0) -> Stats:
+        mean, spread = out.float().chunk(2, -1)
+        return {"mean": mean, "std": (F.softplus(spread) + MIN_STD) * temperature**0.5}
+
+    def sample(self, stats: Stats, noise: Tensor) -> Tensor:
+        return stats["mean"] + stats["std"] * noise
+
+    def kl(self, p: Stats, q: Stats) -> Tensor:
+        return gaussian_kl(p["mean"], p["std"], q["mean"], q["std"])
+
+    def entropy(self, p: Stats) -> Tensor:
+        return (p["std"].log() + 1.4189385332046727).sum(-1)
+
+
+class GRU(nn.Module):
+    """The recurrent cell up to DreamerV3's first version: one input layer, one GRU with a norm before its gates."""
+
+    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int):
+        super().__init__()
+        self.from_action = nn.Linear(act_dim, hidden, bias=False)
+        self.from_stoch = nn.Linear(stoch, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.gates = nn.Linear(hidden + deter, 3 * deter, bias=False)
+        self.gates_norm = nn.LayerNorm(3 * deter)
+        initialise(self)
+
+    def forward(self, deter: Tensor, stoch: Tensor, acted: Tensor) -> Tensor:
+        x = F.silu(self.norm(self.from_stoch(stoch) + acted))
+        return gated(deter, self.gates_norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))))
+
+
+class BlockGRU(nn.Module):
+    """The block-diagonal cell of the current DreamerV3: the recurrent matrix is `blocks` blocks, its inputs are dense.
+
+    Its first layer applies one block to [deter of the block, inputs]: the same numbers as a block-diagonal matrix on
+    deter plus a dense one on the inputs, which is how it is computed here.
+    """
+
+    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, blocks: int):
+        super().__init__()
+        if deter % blocks:
+            raise ValueError(f"got rssm.deter={deter}, rssm.blocks={blocks}; expected blocks that divide deter")
+        self.action_in = norm_mlp([act_dim, hidden])
+        self.stoch_in, self.deter_in = norm_mlp([stoch, hidden]), norm_mlp([deter, hidden])
+        self.dense = nn.Linear(3 * hidden, deter, bias=False)
+        self.block = BlockLinear(deter, deter, blocks)
+        self.norm = nn.LayerNorm(deter)
+        self.gates = BlockLinear(deter, deter, blocks, parts=3)
+        initialise(self)
+
+    def from_action(self, action: Tensor) -> Tensor:
+        return self.action_in(action)
+
+    def forward(self, deter: Tensor, stoch: Tensor, acted: Tensor) -> Tensor:
+        was = deter.to(acted.dtype)
+        inputs = torch.cat([self.deter_in(was), self.stoch_in(stoch), acted], -1)
+        x = F.silu(self.norm(self.dense(inputs) + self.block(was)))
+        return gated(deter, self.gates(x))
+
+
+class BlockLinear(nn.Module):
+    """(B, inputs) -> (B, parts * outputs) by a block-diagonal matrix; each of the `parts` has outputs of all blocks."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, parts: int = 1):
+        super().__init__()
+        self.blocks, self.parts = blocks, parts
+        outputs *= parts
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        std = (2 / (inputs // blocks + outputs // blocks)) ** 0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (B, G*i) -> (G, B, i)
+        y = torch.bmm(x, self.weight.to(x.dtype)).unflatten(-1, (self.parts, -1))  # (G, B, P, o)
+        return y.permute(1, 2, 0, 3).flatten(1)  # -> (B, P*G*o)
+
+
+def gated(deter: Tensor, gates: Tensor) -> Tensor:
+    """The GRU's update with a bias of -1 on its update gate: it starts by keeping."""
+    reset, cand, update = gates.chunk(3, -1)
+    update = torch.sigmoid(update - 1)
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    return torch.lerp(deter, cand.to(deter.dtype), update.to(deter.dtype))
+
+
+class RSSM(WorldModel):
+    """State leaves: "deter" (B, D) and "stoch" (B, S * K) one-hots, or (B, S) Gaussian. Features: both.
+
+    Args:
+        columns: name -> (shape, is_image); act_dim: A of encoded actions.
+        size: one of ``SIZES``; deter ... blocks replace its widths where given.
+        latent: "categorical" or "gaussian"; symlog: vectors are squashed; bins: of the two-hot reward.
+        free_nats, dyn_scale, rep_scale: of the KL, whose two sides train prior and posterior (DreamerV3, eq. 5).
+
+    Raises ValueError for images that do not halve well and blocks that do not divide deter.
+    """
+
+    phases = ("model",)
+
+    def __init__(
+        self,
+        columns: Columns,
+        act_dim: int,
+        size: str = "nano",
+        latent: str = "categorical",
+        deter: int | None = None,
+        stoch: int | None = None,
+        classes: int | None = None,
+        units: int | None = None,
+        hidden: int | None = None,
+        depth: int | None = None,
+        blocks: int | None = None,
+        symlog: bool = True,
+        bins: int = 255,
+        unimix: float = 0.01,
+        free_nats: float = 1.0,
+        dyn_scale: float = 1.0,
+        rep_scale: float = 0.1,
+    ):
+        super().__init__()
+        given = zip(WIDTHS, (deter, stoch, classes, units, hidden, depth, blocks))
+        w = self.widths = SIZES[size] | {k: v for k, v in given if v is not None}
+        self.act_dim, self.symlog = act_dim, symlog
+        self.free_nats, self.dyn_scale, self.rep_scale = free_nats, dyn_scale, rep_scale
+        self.latent: Any = (
+            Categorical(w["stoch"], w["classes"], unimix) if latent == "categorical" else Gaussian(w["stoch"])
+        )
+        D, S, H, U, layers = w["deter"], self.latent.size, w["hidden"], w["units"], w["layers"]
+        self.feat_dim = D + S
+        self.encoder = Encoder(columns, U, layers, w["depth"], symlog)
+        self.core = GRU(D, S, act_dim, H) if w["blocks"] == 1 else BlockGRU(D, S, act_dim, H, w["blocks"])
+        self.prior = norm_mlp([D, *[H] * min(layers, 2)])
+        self.prior_out = nn.Linear(H, self.latent.outputs)
+        self.post_deter = nn.Linear(D, H, bias=False)
+        self.post_tokens = nn.Linear(self.encoder.size, H, bias=False)
+        self.post_norm = nn.LayerNorm(H)
+        self.post_out = nn.Linear(H, self.latent.outputs)
+        for part in (self.prior, self.prior_out, self.post_deter, self.post_tokens, self.post_out):
+            initialise(part)
+        self.decoder = Decoder(columns, self.feat_dim, U, layers, w["depth"])
+        self.twohot = TwoHot(bins)
+        self.reward = Head(self.feat_dim, U, 1, bins, scale=0.0)
+        self.cont = Head(self.feat_dim, U, 1, 1)
+        self._shadow: list[RSSM] = []  # in a list: no submodule
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def initial(self, batch: int) -> State:
+        at = self.post_norm.weight
+        return {
+            "deter": torch.zeros(batch, self.widths["deter"], device=at.device, dtype=at.dtype),
+            "stoch": torch.zeros(batch, self.latent.size, device=at.device, dtype=at.dtype),
+        }
+
+    def noise(self, batch: int, rng: torch.Generator) -> Noise:
+        return {"stoch": self.latent.noise((batch,), rng)}
+
+    def zero_noise(self, batch: int) -> Noise:
+        return {"stoch": self.latent.central((batch,)).to(self.post_norm.weight.device)}
+
+    def posterior(
+        self, state: State, prev_action: Tensor, obs: dict[str, Tensor], is_first: Tensor, noise: Noise
+    ) -> State:
+        """See `WorldModel.posterior`; one step of ``observe``."""
+        keep = (~is_first).to(prev_action.dtype).unsqueeze(-1)
+        told = self.post_tokens(self.encoder(obs))
+        acted = self.core.from_action(prev_action * keep)
+        deter, stoch, _ = self._observed(state["deter"], state["stoch"], keep, acted, told, noise["stoch"])
+        return {"deter": deter, "stoch": stoch}
+
+    def _observed(
+        self, deter: Tensor, stoch: Tensor, keep: Tensor, acted: Tensor, told: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        deter = self.core(deter * keep, stoch * keep, acted)
+        out = self.post_out(F.silu(self.post_norm(self.post_deter(deter.to(told.dtype)) + told)))
+        return deter, self.latent.sample(self.latent.stats(out), noise), out
+
+    def advance(
+        self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
+    ) -> tuple[State, Tensor, Tensor | None]:
+        """A step of the dream; its outcomes follow from the features, of all steps at once."""
+        action = action.to(self.post_norm.weight.dtype)
+        deter = self.core(state["deter"], state["stoch"], self.core.from_action(action))
+        stats = self.latent.stats(self.prior_out(self.prior(deter)), temperature)
+        state = {"deter": deter, "stoch": self.latent.sample(stats, noise["stoch"]).to(deter.dtype)}
+        return state, self.features(state), None
+
+    def outcomes(self, features: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.twohot.mean(self.reward(features)), self.cont(features).squeeze(-1).sigmoid()
+
+    def imagine(self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0) -> Step:
+        state, features, _ = self.advance(state, action, noise, temperature)
+        return Step(state, *self.outcomes(features))
+
+    def features(self, state: State) -> Tensor:
+        return torch.cat([state["deter"], state["stoch"]], -1)
+
+    def decode(self, state: State) -> dict[str, Tensor]:
+        out = self.decoder(self.features(state))
+        obs: dict[str, Tensor] = {}
+        for name, value in out.items():
+            if name in self.decoder.cnns:
+                obs[name] = (value * 255).round().to(torch.uint8).permute(0, 2, 3, 1)  # (N,C,H,W) -> (N,H,W,C)
+            else:
+                obs |= self.decoder.split(symexp(value) if self.symlog else value)
+        return obs
+
+    def dreamer(self, precision: str = "fp32") -> RSSM:
+        """This model, or for bf16 a copy in it, which the next call brings up to date."""
+        if precision == "fp32":
+            return self
+        if not self._shadow:
+            shadow = copy.deepcopy(self).to(torch.bfloat16).requires_grad_(False)
+            shadow.twohot = self.twohot  # its bins would lose their digits
+            self._shadow.append(shadow)
+        shadow = self._shadow[0]
+        torch._foreach_copy_(list(shadow.parameters()), [p.detach() for p in self.parameters()])
+        return shadow
+
+    # ------------------------------------------------------------------------------------------------ sequences
+
+    def observe(
+        self, obs: dict[str, Tensor], action: Tensor, is_first: Tensor, noise: Tensor, start: State | None = None
+    ) -> tuple[State, Stats]:
+        """The posterior over sequences: all that does not hang on the state before is computed for (B, T) at once.
+
+        Args:
+            obs: leaves (B, T, *); action (B, T, A), zero on first rows; is_first (B, T); noise (B, T, S);
+            start: the state before row 0, leaves (B, *); none: the initial one.
+
+        Returns:
+            states, leaves (B, T, *), and the posterior's statistics, leaves (B, T, ...).
+        """
+        B, T = is_first.shape
+        told = self.post_tokens(self.encoder({k: v.flatten(0, 1) for k, v in obs.items()})).unflatten(0, (B, T))
+        acted = self.core.from_action(action)
+        keep = (~is_first).float().unsqueeze(-1)
+        state = self.initial(B) if start is None else start
+        deter, stoch = state["deter"], state["stoch"]
+        deters, stochs, outs = [], [], []
+        for step in zip(*(x.unbind(1) for x in (keep, acted, told, noise))):
+            deter, stoch, out = self._observed(deter, stoch, *step)
+            deters.append(deter)
+            stochs.append(stoch)
+            outs.append(out)
+        states = {"deter": torch.stack(deters, 1), "stoch": torch.stack(stochs, 1)}  # T x (B, *) -> (B, T, *)
+        return states, self.latent.stats(torch.stack(outs, 1))
+
+    def loss(self, batch: Batch, phase: str, noise: Noise | None = None, states: bool = True) -> Fit:
+        """DreamerV3's world-model loss (eq. 4 and 5), a mean over the rows of each sequence.
+
+        `noise`: {"stoch": (B, T, S)}. ``Fit.states`` keep their gradients: the critic's loss on replayed states may
+        reach the model through them.
+        """
+        B, T = batch.is_first.shape
+        if noise is None:
+            rng = torch.Generator(batch.reward.device).manual_seed(torch.initial_seed())
+            noise = {"stoch": self.latent.noise((B, T), rng)}
+        state, post = self.observe(batch.obs, batch.action, batch.is_first, noise["stoch"], batch.start)
+        flat = {k: v.flatten(0, 1) for k, v in state.items()}  # (B,T,*) -> (B*T,*)
+        features = self.features(flat)
+        prior = self.latent.stats(self.prior_out(self.prior(state["deter"])))
+        dyn = self.latent.kl({k: v.detach() for k, v in post.items()}, prior)
+        rep = self.latent.kl(post, {k: v.detach() for k, v in prior.items()})
+        losses = {name: value.unflatten(0, (B, T)) for name, value in self._decoded(features, batch).items()}
+        losses["reward"] = self.twohot.loss(self.reward(features), batch.reward.flatten()).unflatten(0, (B, T))
+        going = (~batch.is_terminal).float()
+        losses["cont"] = bernoulli_loss(self.cont(features).view(B, T), going)
+        losses["dyn"] = self.dyn_scale * dyn.clamp(min=self.free_nats)
+        losses["rep"] = self.rep_scale * rep.clamp(min=self.free_nats)
+        mask = batch.mask.float()
+        rows = mask.sum().clamp(min=1)
+        total = (sum(losses.values()) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        metrics = {f"{name}_loss": (value.detach() * mask).sum() / rows for name, value in losses.items()}
+        with torch.no_grad():
+            metrics["kl"] = (dyn * mask).sum() / rows
+            metrics["prior_entropy"] = (self.latent.entropy(prior) * mask).sum() / rows
+            metrics["posterior_entropy"] = (self.latent.entropy(post) * mask).sum() / rows
+        valid = (batch.mask & ~batch.is_terminal).flatten()
+        return Fit(total * batch.weight, metrics, flat if states else {}, valid)
+
+    def _decoded(self, features: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Squared errors of the reconstruction (B*T,), summed over what an observation has."""
+        losses: dict[str, Tensor] = {}
+        for name, value in self.decoder(features).items():
+            if name in self.decoder.cnns:
+                truth = batch.obs[name].flatten(0, 1).permute(0, 3, 1, 2).float() / 255  # (B,T,H,W,C) -> (B*T,C,H,W)
+            else:
+                truth = self.encoder.vector({n: batch.obs[n].flatten(0, 1) for n in self.encoder.vectors})
+            losses[name] = (value - truth).square().flatten(1).sum(1)
+        return losses

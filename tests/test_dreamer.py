@@ -1,0 +1,408 @@
+"""The Dreamer learner and the RSSM against closed forms, and what their gradients may reach."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from raywm import config as configs
+from raywm.agent import Agent
+from raywm.data.batch import Batch, blank
+from raywm.learners.actor import Actor
+from raywm.learners.dreamer import DreamerLearner, Percentiles, lambda_return, rows, split
+from raywm.learners.dreamer_agent import DreamerAgent
+from raywm.learners.optim import Optimiser
+from raywm.loops.parts import dreamer_specification
+from raywm.models.codecs import stages
+from raywm.models.heads import TwoHot, categorical_kl, draw, gaussian_kl, mixed_probs, symexp, symlog
+from raywm.models.rssm import RSSM, SIZES, BlockLinear
+from raywm.spaces import ActionCodec
+
+SPACES = {
+    "discrete": gym.spaces.Discrete(3),
+    "box": gym.spaces.Box(-2, 2, (2,), np.float32),
+    "multi_discrete": gym.spaces.MultiDiscrete([2, 3]),
+    "multi_binary": gym.spaces.MultiBinary(2),
+}
+VECTOR = {"vector": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)}
+MIXED = {"image": gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), **VECTOR}
+
+
+def make(action="discrete", columns=VECTOR, B=4, T=6, seed=0, rank=0, ranks=1, **settings):
+    """A learner and a batch of its context and T rows."""
+    codec = ActionCodec(SPACES[action])
+    data = {"algorithm": "dreamer", "env": {"id": "none"}, "dreamer": {"precision": "fp32", "horizon": 4}}
+    for key, value in settings.items():
+        configs._override(data, f"{key.replace('__', '.')}={value}")
+    config = configs.parse(data)
+    spec = dreamer_specification(config, columns, codec)
+    return DreamerLearner(spec, 0, rank=rank, ranks=ranks), batch_of(
+        columns, codec, B, T + config.dreamer.context, seed
+    )
+
+
+def batch_of(columns, codec, B, T, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+    like = {n: (tuple(c.shape), torch.uint8 if c.dtype == np.uint8 else torch.float32) for n, c in columns.items()}
+    batch = blank(B, T, like, codec.dim)
+    for column in batch.obs.values():
+        shape = tuple(column.shape)
+        image = column.dtype == torch.uint8
+        column.copy_(torch.from_numpy(rng.integers(0, 256, shape) if image else rng.normal(size=shape)))
+    actions = np.stack([codec.sample(rng) for _ in range(B * T)])
+    batch.action.copy_(torch.from_numpy(codec.encode(actions)).view(B, T, -1))
+    batch.reward.copy_(torch.from_numpy(rng.normal(size=(B, T))))
+    for flag in (batch.is_first, batch.is_last, batch.is_terminal):
+        flag.zero_()
+    batch.mask.fill_(True)
+    end = T // 2
+    batch.is_last[0, end - 1] = batch.is_terminal[0, end - 1] = batch.is_first[0, end] = True
+    batch.is_last[-1, end - 1] = batch.is_first[-1, end] = True  # truncated
+    batch.action[batch.is_first] = 0
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------ closed forms
+
+
+def test_symlog_and_symexp_are_inverse():
+    x = torch.tensor([-1e4, -1.0, -1e-3, 0.0, 0.5, 3e3])
+    assert torch.allclose(symlog(x), torch.tensor([math.copysign(math.log1p(abs(v)), v) for v in x.tolist()]))
+    assert torch.allclose(symexp(symlog(x)), x, rtol=1e-4)
+
+
+def test_two_hot_says_the_number_it_was_fitted_to():
+    twohot = TwoHot(255)
+    assert twohot.bins[127] == 0 and torch.equal(twohot.bins, -twohot.bins.flip(0))
+    target = torch.tensor([-300.0, -1.5, 0.0, 0.3, 7.0, 2500.0])
+    logits = torch.zeros(6, 255, requires_grad=True)
+    low = torch.searchsorted(twohot.bins, target).clamp(1, 254)
+    for _ in range(3000):
+        (grad,) = torch.autograd.grad(twohot.loss(logits, target).sum(), logits)
+        logits = (logits - grad).detach().requires_grad_()
+    probs = logits.softmax(-1)
+    assert torch.allclose(probs.gather(-1, torch.stack([low - 1, low], -1)).sum(-1), torch.ones(6), atol=0.01)
+    assert torch.allclose(twohot.mean(logits), target, rtol=0.05, atol=0.05)
+    assert twohot.mean(torch.zeros(255)) == 0  # an untrained critic says exactly nothing
+
+
+def test_two_hot_loss_is_the_cross_entropy_of_the_two_bins():
+    twohot, logits = TwoHot(9, limit=2.0), torch.randn(9, generator=torch.Generator().manual_seed(0))
+    target = twohot.bins[5] * 0.25 + twohot.bins[6] * 0.75
+    log_p = logits.log_softmax(-1)
+    expected = -(0.25 * log_p[5] + 0.75 * log_p[6])
+    assert torch.allclose(twohot.loss(logits, target), expected)
+    assert torch.allclose(twohot.loss(logits, target, target), 2 * expected)
+    assert torch.allclose(twohot.loss(logits, torch.tensor(1e9)), -log_p[8])  # beyond the last bin
+
+
+def test_lambda_return_is_its_definition():
+    g = torch.Generator().manual_seed(1)
+    reward, live, boot = (torch.rand(5, 3, generator=g) for _ in range(3))
+    last = boot[-1]
+    expected = []
+    for t in reversed(range(5)):
+        last = reward[t] + live[t] * (0.05 * boot[t] + 0.95 * last)
+        expected.insert(0, last)
+    assert torch.allclose(lambda_return(reward, live, boot, 0.95), torch.stack(expected))
+    # lambda 1: the discounted sum of rewards; lambda 0: one step and the value
+    sums = reward[0] + live[0] * (reward[1] + live[1] * (reward[2] + live[2] * (reward[3] + live[3] * reward[4])))
+    assert torch.allclose(lambda_return(reward, live, 0 * boot, 1.0)[0], sums)
+    assert torch.allclose(lambda_return(reward, live, boot, 0.0), reward + live * boot)
+
+
+def test_kl_of_both_latents():
+    p, q = (torch.rand(7, 2, 5, generator=torch.Generator().manual_seed(s)).softmax(-1) for s in (0, 1))
+    D = torch.distributions
+    expected = D.kl_divergence(D.Categorical(p), D.Categorical(q)).sum(-1)
+    assert torch.allclose(categorical_kl(p, q), expected, atol=1e-6)
+    mean_p, mean_q = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(2))
+    std_p, std_q = 0.1 + torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(3))
+    expected = D.kl_divergence(D.Normal(mean_p, std_p), D.Normal(mean_q, std_q)).sum(-1)
+    assert torch.allclose(gaussian_kl(mean_p, std_p, mean_q, std_q), expected, atol=1e-4)
+
+
+def test_free_nats_stop_both_sides_of_the_kl():
+    for free, reached in ((1e6, False), (0.0, True)):
+        learner, batch = make(rssm__free_nats=free)
+        model = learner.model
+        fit = model.loss(rows(batch, slice(1, None)), "model")
+        fit.loss.sum().backward()
+        prior = [p.grad.abs().sum().item() for p in model.prior_out.parameters()]
+        assert (sum(prior) > 0) == reached
+
+
+def test_percentiles_follow_returns_and_keep_their_floor():
+    values = torch.linspace(0, 100, 1001)
+    p = Percentiles(0.9)
+    for _ in range(200):
+        p.update(values)
+    assert p.low == pytest.approx(5, abs=0.1) and p.high == pytest.approx(95, abs=0.1)
+    assert p.scale == pytest.approx(90, abs=0.2)
+    small = Percentiles(0.9)
+    small.update(values * 1e-6)
+    assert small.scale == 1.0  # tiny returns are not blown up
+
+
+def test_draw_has_the_chances_it_was_given():
+    probs = mixed_probs(torch.tensor([0.0, 2.0, -1.0, 50.0]), 0.1)
+    assert probs.sum() == pytest.approx(1) and probs.min() >= 0.1 / 4
+    uniform = (torch.arange(40000) + 0.5) / 40000
+    samples = draw(probs.expand(40000, 4), uniform)
+    assert torch.equal(samples.sum(-1), torch.ones(40000))
+    assert torch.allclose(samples.mean(0), probs, atol=1e-3)
+    assert draw(torch.tensor([[0.5, 0.5 - 1e-7]]), torch.tensor([0.99999999])).sum() == 1  # rounding leaves no gap
+
+
+def test_block_linear_is_a_block_diagonal_matrix():
+    layer = BlockLinear(6, 3, 3, parts=2)
+    x = torch.randn(5, 6)
+    y = layer(x).view(5, 2, 3, 1)  # (B, parts, blocks, outputs a block)
+    for g in range(3):
+        expected = x[:, 2 * g : 2 * g + 2] @ layer.weight[g]  # (B, parts)
+        assert torch.allclose(y[:, :, g, 0], expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def test_posterior_folded_over_an_episode_gives_the_states_of_the_loss():
+    for latent, blocks in (("categorical", 1), ("gaussian", 1), ("categorical", 4)):
+        learner, batch = make(columns=MIXED, rssm__latent=latent, rssm__blocks=blocks, dreamer__context=0)
+        model, (B, T) = learner.model, batch.is_first.shape
+        noise = {"stoch": model.latent.noise((B, T), torch.Generator().manual_seed(3))}
+        fit = model.loss(batch, "model", noise)
+        state = model.initial(B)
+        for t in range(T):
+            obs = {k: v[:, t] for k, v in batch.obs.items()}
+            at = {"stoch": noise["stoch"][:, t]}
+            state = model.posterior(state, batch.action[:, t], obs, batch.is_first[:, t], at)
+            for name, leaf in fit.states.items():
+                assert torch.allclose(leaf.view(B, T, -1)[:, t], state[name], atol=1e-5), (name, t)
+
+
+def test_first_rows_forget_everything():
+    learner, batch = make(dreamer__context=0)
+    model, (B, T) = learner.model, batch.is_first.shape
+    noise = {"stoch": model.latent.noise((B, T), torch.Generator().manual_seed(3))}
+    at = T // 2
+    whole = model.loss(batch, "model", noise).states["deter"].view(B, T, -1)[[0, -1], at:]
+    tail = rows(batch, slice(at, None))
+    cut = model.loss(tail, "model", {"stoch": noise["stoch"][:, at:]}).states["deter"].view(B, T - at, -1)[[0, -1]]
+    assert torch.allclose(whole, cut, atol=1e-6)
+
+
+def test_states_index_repeat_and_concatenate():
+    learner, _ = make()
+    state = learner.model.initial(3)
+    step = learner.model.imagine(state, torch.zeros(3, 3), learner.model.zero_noise(3))
+    assert all(v.shape[0] == 3 for v in step.state.values()) and step.reward.shape == step.cont.shape == (3,)
+    assert set(learner.model.decode(step.state)) == {"vector"}
+
+
+def test_sizes_have_about_the_parameters_of_their_names():
+    with torch.device("meta"):
+        for name in ("1M", "12M", "25M", "50M", "100M", "200M"):
+            learner_columns = {"image": ((64, 64, 3), True)}
+            model = RSSM(learner_columns, 6, name)
+            units = SIZES[name]["units"]
+            heads = 2 * (model.feat_dim * units + 2 * units**2) + 255 * units
+            count = sum(p.numel() for p in model.parameters()) + heads
+            assert 0.5 < count / (float(name[:-1]) * 1e6) < 1.3, (name, count)
+
+
+def test_images_that_do_not_halve_well_are_refused():
+    assert stages("image", (64, 64, 3)) == stages("image", (96, 64, 1)) == 4 and stages("image", (16, 16, 3)) == 2
+    with pytest.raises(ValueError, match=r"84x84.*halved 4 times.*env.resize"):
+        stages("image", (84, 84, 3))
+    with pytest.raises(ValueError, match="4x4"):
+        stages("image", (4, 4, 3))
+
+
+# ------------------------------------------------------------------------------------------------ gradients
+
+
+def grads_of(learner, loss, retain=True):
+    learner.optimiser.zero()
+    loss.backward(retain_graph=retain)
+    return {
+        n: float(sum(p.grad.abs().sum() for p in m.parameters() if p.grad is not None))
+        for n, m in learner._modules().items()
+    }
+
+
+@pytest.mark.parametrize("action", sorted(SPACES))
+def test_what_the_losses_may_reach(action):
+    learner, batch = make(action)
+    batch = rows(batch, slice(1, None))
+    B, T = batch.is_first.shape
+    rng = torch.Generator().manual_seed(0)
+    from raywm.learners.dreamer import Shared
+
+    model = Shared(learner.model, (0, 1))
+    noise = {k: v.unflatten(0, (B, T)) for k, v in model.noise(B * T, rng).items()}
+    fit = learner.model.loss(batch, "model", noise)
+    reached = grads_of(learner, fit.loss.sum())
+    assert reached["model"] > 0 and reached["actor"] == reached["critic"] == reached["slow_critic"] == 0
+    for p in learner.critic.out.parameters():
+        torch.nn.init.normal_(p)  # at its zeros there is no advantage
+    losses, _ = learner._dreamt({k: v.detach() for k, v in fit.states.items()}, fit.valid, model, rng)
+    reached = grads_of(learner, losses.actor.sum())
+    assert reached["actor"] > 0 and reached["model"] == reached["critic"] == 0
+    reached = grads_of(learner, losses.critic.sum())
+    assert reached["critic"] > 0 and reached["model"] == reached["actor"] == 0 == reached["slow_critic"]
+    features = learner.model.features(fit.states).unflatten(0, (B, T))
+    reached = grads_of(learner, learner._replayed(batch, features, losses.returns[0].view(B, T)))
+    assert reached["critic"] > 0 and reached["model"] > 0 and reached["actor"] == 0  # the paper's choice
+    assert not losses.returns.requires_grad
+
+
+def test_terminal_starts_do_not_train_the_actor():
+    learner, batch = make(B=1)
+    batch.is_terminal.fill_(True)
+    metrics = learner.update(batch)
+    assert metrics["actor_loss"] == 0 and metrics["critic_loss"] == 0
+
+
+def test_dynamics_gradients_reach_the_actor_alone():
+    learner, batch = make("box", dreamer__actor_grad="dynamics", rssm__latent="gaussian", dreamer__warmup=0)
+    before = copy.deepcopy(learner.actor.state_dict())
+    metrics = learner.update(batch)
+    assert any(not torch.equal(v, before[k]) for k, v in learner.actor.state_dict().items())
+    assert all(torch.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.parametrize("head", ["vector", "image", "reward", "cont", "kl"])
+def test_one_batch_is_overfitted_by_every_head(head):
+    learner, batch = make(columns=MIXED, dreamer__lr=3e-3, dreamer__warmup=20, rssm__free_nats=0.1)
+    first, last = None, None
+    for _ in range(250):
+        last = learner.update(batch)
+        first = first or last
+    name = {"kl": "kl"}.get(head, f"{head}_loss")
+    floor = {"vector": 0.15, "image": 0.6, "reward": 0.35, "cont": 0.1, "kl": 1.0}[head]
+    assert last[name] < floor * first[name], (name, float(first[name]), float(last[name]))
+
+
+# ------------------------------------------------------------------------------------------------ the same, otherwise
+
+
+def test_accumulated_parts_make_the_same_gradient():
+    whole, batch = make(dreamer__context=0, dreamer__optimiser="adam")
+    parts, _ = make(dreamer__context=0, dreamer__optimiser="adam", dreamer__accumulate=2)
+    for learner in (whole, parts):
+        learner.percentiles.update(torch.tensor([0.0, 1.0]))
+        learner.update(batch)
+    assert torch.allclose(whole.optimiser.grad, parts.optimiser.grad, atol=1e-5)
+    with pytest.raises(ValueError, match=r"accumulate=3.*4 sequences"):
+        split(batch, 3)
+
+
+def test_bf16_agrees_with_fp32():
+    exact, batch = make(columns=MIXED, B=8, T=16, dreamer__optimiser="adam")
+    fast, _ = make(columns=MIXED, B=8, T=16, dreamer__optimiser="adam", dreamer__precision="bf16")
+    a, b = exact.update(batch), fast.update(batch)
+    for name in ("vector_loss", "image_loss", "reward_loss", "cont_loss", "kl", "entropy", "critic_loss"):
+        assert torch.allclose(a[name], b[name], rtol=0.05, atol=0.02), name
+    cosine = torch.cosine_similarity(exact.optimiser.grad, fast.optimiser.grad, dim=0)
+    assert cosine > 0.98
+
+
+def test_a_learner_goes_on_from_its_tensors():
+    learner, batch = make()
+    learner.update(batch)
+    other, _ = make()
+    other.load(learner.tensors())
+    a, b = learner.update(batch), other.update(batch)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert torch.equal(learner.optimiser.flat, other.optimiser.flat) and other.updates == 2
+    small, _ = make(rssm__deter=64)
+    with pytest.raises(ValueError, match="do not fit"):
+        small.load(learner.tensors())
+
+
+@pytest.mark.parametrize("action", sorted(SPACES))
+def test_agent_acts_by_its_rows_alone(action):
+    learner, _ = make(action)
+    agent: Agent = DreamerAgent(make_spec(action), learner.policy(), version=7)
+    import pickle
+
+    agent = pickle.loads(pickle.dumps(agent))
+    assert agent.version == 7
+    codec = ActionCodec(SPACES[action])
+
+    def play(rows, order):
+        state, taken = agent.initial(rows), []
+        rngs = [np.random.default_rng(order[r]) for r in range(rows)]
+        for t in range(3):
+            obs = {"vector": np.stack([np.full(4, order[r] + t, np.float32) for r in range(rows)])}
+            action, state = agent.act(obs, state, np.full(rows, t == 0), rngs)
+            assert all(codec.space.contains(a) for a in action)
+            taken.append(action)
+        return np.stack(taken, 1)
+
+    three = play(3, [5, 6, 7])
+    assert np.allclose(three[[2, 0, 1]], play(3, [7, 5, 6]), atol=1e-5)
+
+
+def make_spec(action):
+    config = configs.parse({"algorithm": "dreamer", "env": {"id": "none"}})
+    return dreamer_specification(config, VECTOR, ActionCodec(SPACES[action]))
+
+
+def test_optimisers_step_as_they_are_written():
+    for kind in ("laprop", "adam"):
+        layer = torch.nn.Linear(3, 1, bias=False)
+        start = layer.weight.detach().clone()
+        optimiser = Optimiser([layer], lr=0.1, warmup=0, agc=0.0, kind=kind)
+        first = second = torch.zeros(1, 3)
+        expected = start.clone()
+        for step in range(1, 4):
+            grad = torch.tensor([[1.0, -2.0, 0.5]]) * step
+            optimiser.zero()
+            layer.weight.grad += grad
+            optimiser.step()
+            second = 0.999 * second + 0.001 * grad**2
+            root = (second / (1 - 0.999**step)).sqrt()
+            first = 0.9 * first + 0.1 * (grad / root if kind == "laprop" else grad)
+            moved = first / (1 - 0.9**step)
+            expected = expected - 0.1 * (moved if kind == "laprop" else moved / (root + 1e-8))
+        assert torch.allclose(layer.weight, expected, atol=1e-6)
+
+
+def test_clipping_is_by_tensor():
+    layer = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        layer.weight.fill_(1.0), layer.bias.fill_(0.0)
+    optimiser = Optimiser([layer], lr=0.0, agc=0.3, kind="adam")  # laprop leaves its normalised gradient
+    optimiser.zero()
+    layer.weight.grad += 100.0
+    layer.bias.grad += 0.0001
+    optimiser.step()
+    assert layer.weight.grad.norm() == pytest.approx(0.3 * 2.0)
+    assert layer.bias.grad.norm() == pytest.approx(0.0001 * 2**0.5)  # below 0.3 * 1e-3
+
+
+def test_actor_judges_what_it_samples():
+    D = torch.distributions
+    actor = Actor(4, 2, "box", (), 16, 1, 0.01)
+    features = torch.randn(5, 4)
+    noise = torch.randn(5, 2)
+    action = actor.sample(features, noise)
+    mean, std = actor._normal(actor.net(features))
+    log_prob, entropy = actor.judge(features, action)
+    normal = D.Independent(D.Normal(mean, std), 1)
+    assert torch.allclose(log_prob, normal.log_prob(action), atol=1e-5)
+    assert torch.allclose(entropy, normal.entropy(), atol=1e-5)
+    actor = Actor(4, 5, "multi_discrete", (2, 3), 16, 1, 0.01)
+    action = actor.sample(features, torch.rand(5, 2))
+    log_prob, entropy = actor.judge(features, action)
+    one, two = (D.Categorical(p) for p in actor._probs(actor.net(features)))
+    expected = one.log_prob(action[:, :2].argmax(-1)) + two.log_prob(action[:, 2:].argmax(-1))
+    assert torch.allclose(log_prob, expected, atol=1e-5)
+    assert torch.allclose(entropy, one.entropy() + two.entropy(), atol=1e-5)

@@ -11,10 +11,10 @@ For each environment, in one run and in turns, with random actions and two proce
 - RLlib: two remote SingleAgentEnvRunners with two calls of half a second in flight each, whose samples travel into the
   object store and no further; and with the default policy of its PPO where that takes the observations (no images).
 
-All that are seeded play as many environments in a process: 8, as a run does, or 1 where an episode takes seconds. Only one contender is at
-work at a time; what the processes of the others use meanwhile is measured, and said where it is not next to nothing.
-Rates on Ray are taken in the steady state, from answer to answer of each worker, so that units of work that are cut by
-the ends of a window do not blur them. A ratio is the median of the ratios of each turn.
+All that are seeded play as many environments in a process: 8, as a run does, or 1 where an episode takes seconds. Only
+one contender is at work at a time; what the processes of the others use meanwhile is measured, and said where it is not
+next to nothing. Rates on Ray are taken in the steady state, from answer to answer of each worker, so that units of work
+that are cut by the ends of a window do not blur them. A ratio is the median of the ratios of each turn.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class RLlib:
                 return episodes, sum(len(episode) for episode in episodes)
 
         probe = OneColumn(env.model_dump())
-        self.sees_images = is_image(probe.observation_space)
+        self.sees_images = is_image(columns_of(probe.env)[probe.name])
         probe.close()
         config = PPOConfig().environment(OneColumn, env_config=env.model_dump()).framework("torch")
         config = config.env_runners(num_env_runners=PROCESSES, num_envs_per_env_runner=envs)

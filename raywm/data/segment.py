@@ -160,7 +160,8 @@ class Segment:
     def append(self, table: pa.Table, meta: Mapping[str, Any]) -> list[Piece]:
         """Write one block (``to_block``). After an error (a full disk) the file is as it was before."""
         assert self._fd is not None and self.schema is not None
-        arrays = [column.combine_chunks() for column in table.columns]  # to_batches() of no rows gives no batch
+        # to_batches() of no rows gives no batch, and combine_chunks() copies even a single one
+        arrays = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in table.columns]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         crc = columns_crc(from_columns(batch))
         head = json.dumps({"rows": batch.num_rows, "crc": crc, "start_crc": self._start_crc, **meta}).encode()

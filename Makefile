@@ -49,5 +49,5 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
-	$(PIP) -e ".[dev,box2d,doom]"
+	$(PIP) -e ".[dev,atari,box2d,doom]"
 	@touch $@ $(VENV)/.installed

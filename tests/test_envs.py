@@ -62,6 +62,13 @@ WORLDS = [
     ({"id": "Pendulum-v1"}, None),
     ({"id": "Acrobot-v1"}, None),
     ({"id": "MountainCarContinuous-v0"}, None),
+    ({"id": "raywm/Memory-v0"}, None),
+    ({"id": "raywm/CartPolePixels-v0"}, None),
+    ({"id": "raywm/Grid-v0"}, None),
+    ({"id": "ALE/Pong-v5", "kwargs": {"noop_max": 30, "repeat_action_probability": 0}}, "ale_py"),
+    ({"id": "dm_control/walker-walk-v0", "action_repeat": 2}, "dm_control"),
+    ({"id": "dm_control/lqr-lqr_2_1-v0"}, "dm_control"),
+    ({"id": "CrafterReward-v1"}, "crafter"),
     ({"id": "BipedalWalker-v3"}, "Box2D"),
     ({"id": "LunarLander-v3"}, "Box2D"),
     ({"id": "CarRacing-v3", "crop": (0, 12, 0, 0), "resize": (64, 64)}, "Box2D"),
@@ -73,7 +80,7 @@ WORLDS = [
 def test_an_episode_depends_on_its_seed_and_actions_only(cfg, needs):
     if needs:
         pytest.importorskip(needs)
-    steps = 60 if "Car" in cfg["id"] else 250
+    steps = 60 if cfg["id"] in ("CarRacing-v3", "CrafterReward-v1") else 250  # slow ones
     used, fresh = make_env(cfg), make_env(cfg)
     first = play(used, 3, steps)
     play(used, 4, steps // 3, actions=1)  # left in the middle
@@ -205,10 +212,13 @@ def test_mistakes_are_named_with_a_way_out(cfg, message):
         ("ale_py", "ALE/Pong-v5", "raywm[atari]"),
         ("mujoco", "Hopper-v5", "raywm[mujoco]"),
         ("vizdoom", None, "raywm[doom]"),
+        ("dm_control", "dm_control/walker-walk-v0", "raywm[dmc]"),
+        ("crafter", "CrafterReward-v1", "raywm[crafter]"),
     ],
 )
 def test_missing_extras_come_with_their_install_line(module, id, package, monkeypatch):
-    for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
+    ours = ("raywm.envs.dmc", "raywm.envs.crafter")
+    for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.") or n in ours]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)  # makes importing it fail
     monkeypatch.setitem(sys.modules, f"gymnasium.envs.{module}", None)

@@ -284,6 +284,45 @@ class FaultyEnv(gym.Env):
         return obs, reward, False, self.t >= self.steps, {}
 
 
+class MemoryEnv(gym.Env):
+    """See a cue, sit through noise, then choose: nothing but what is remembered from step 0 tells the right action.
+
+    Observation, (cues + 1 + noise,) float32: the cue as one-hot, at step 0 only; whether the next action is the
+    choice; `noise` numbers from N(0, 1) at every step. The first `steps` actions do nothing; the one after them, on
+    the last of `steps` rows of noise, is the choice: reward 1 where it is the cue's number, else -1, and the end. All
+    other rewards are 0. The optimal return is 1; that of any policy without a memory is 2 / cues - 1 in expectation
+    (0 for two cues), because the cue is independent of everything after it.
+    """
+
+    def __init__(self, steps: int = 20, cues: int = 2, noise: int = 4):
+        if steps < 1 or cues < 2 or noise < 0:
+            raise ValueError(
+                f"got steps={steps}, cues={cues}, noise={noise}; expected steps >= 1, cues >= 2, noise >= 0"
+            )
+        self.steps, self.cues, self.noise = steps, cues, noise
+        self.observation_space = gym.spaces.Box(-UNLIMITED, UNLIMITED, (cues + 1 + noise,), np.float32)
+        self.action_space = gym.spaces.Discrete(cues)
+        self.t, self.cue = 0, 0
+
+    def _observe(self) -> np.ndarray:
+        obs = np.zeros(self.cues + 1 + self.noise, np.float32)
+        obs[self.cue] = self.t == 0
+        obs[self.cues] = self.t == self.steps
+        obs[self.cues + 1 :] = self.np_random.standard_normal(self.noise)
+        return obs
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.t, self.cue = 0, int(self.np_random.integers(self.cues))
+        return self._observe(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        choice = self.t == self.steps
+        reward = (1.0 if int(action) == self.cue else -1.0) if choice else 0.0
+        self.t += 1
+        return self._observe(), reward, choice, False, {}
+
+
 class SleepEnv(gym.Env):
     """An environment that costs time and nothing else: `length` steps of `seconds` each, then truncated.
 
@@ -325,4 +364,5 @@ _register("raywm/Bifurcation-v0", BifurcationEnv, limit=BifurcationEnv.STEPS)
 _register("raywm/Counting-v0", CountingEnv)
 _register("raywm/LinearWorld-v0", LinearWorldEnv)
 _register("raywm/Faulty-v0", FaultyEnv)
+_register("raywm/Memory-v0", MemoryEnv)
 _register("raywm/Sleep-v0", SleepEnv)

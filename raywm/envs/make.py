@@ -22,7 +22,8 @@ from raywm.spaces import is_image, obs_columns, to_columns
 PLUGINS = (
     ("Vizdoom", "vizdoom.gymnasium_wrapper", "raywm[doom]"),
     ("ALE/", "ale_py", "raywm[atari]"),
-    ("dm_control/", "shimmy", "raywm[dmc]"),
+    ("dm_control/", "raywm.envs.dmc", "raywm[dmc]"),
+    ("Crafter", "raywm.envs.crafter", "raywm[crafter]"),
 )
 # What gymnasium's own families need, by a word in their entry point.
 FAMILIES = (
@@ -30,10 +31,11 @@ FAMILIES = (
     ("mujoco", "raywm[mujoco]"),
     ("phys2d", "gymnasium[jax]"),
     ("tabular", "gymnasium[jax]"),
-    ("shimmy", "raywm[dmc]"),
     ("ale_py", "raywm[atari]"),
     ("vizdoom", "raywm[doom]"),
 )
+# Arguments of gymnasium.wrappers.AtariPreprocessing, which may stand among an Atari game's own.
+ATARI = ("noop_max", "frame_skip", "screen_size", "terminal_on_life_loss", "grayscale_obs")
 DEFAULTS: dict[str, Any] = {
     "id": None,
     "kwargs": {},
@@ -50,7 +52,9 @@ def make_env(env: Any, render: bool = False) -> Columns:
 
     `env` is an EnvConfig or a dict with its keys:
 
-    - ``id``: a gymnasium id, or "module:EnvClass"; ``kwargs``: arguments of its constructor
+    - ``id``: a gymnasium id, or "module:EnvClass"; ``kwargs``: arguments of its constructor. For ``ALE/...`` those of
+      ``gymnasium.wrappers.AtariPreprocessing`` too, which then skips the frames (``frame_skip``, default 4), shows the
+      maximum of the last two (in colour, unless grayscale_obs) and begins with 1 to ``noop_max`` steps of nothing
     - ``crop``: pixels cut off images at the (top, bottom, left, right); ``resize``: then scaled to (height, width);
       ``grayscale``: then to one channel
     - ``action_repeat``: an action is applied this many times, or until the episode ends; rewards are summed
@@ -114,6 +118,8 @@ def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
     try:
         if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
             return _make_doom(id, limit, kwargs)
+        if "ale_py" in entry and not set(ATARI).isdisjoint(kwargs):
+            return _make_atari(spec, limit, kwargs)
         env = gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
         return FreshWorld(env) if entry.startswith("gymnasium.envs.box2d") else env
     except (gym.error.DependencyNotInstalled, ModuleNotFoundError) as error:
@@ -169,11 +175,14 @@ def _spec(id: str) -> gym.envs.registration.EnvSpec:
     for prefix, module, package in PLUGINS:
         if name.startswith(prefix):
             try:
-                plugin = importlib.import_module(module)
-            except ImportError as error:
-                raise ValueError(f'environment {id!r} needs {module}; pip install "{package}"') from error
-            if module in ("ale_py", "shimmy"):
-                gym.register_envs(plugin)
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                raise ValueError(f'environment {id!r} needs {error.name}; pip install "{package}"') from error
+            except Exception as error:  # versions that do not go together, a system library that is not there
+                raise ValueError(
+                    f"environment {id!r}: {module} cannot be imported: {type(error).__name__}: {error}; "
+                    f'pip install --upgrade "{package}"'
+                ) from error
     try:
         return gym.spec(name)
     except (gym.error.UnregisteredEnv, gym.error.Error) as error:
@@ -301,6 +310,15 @@ class FreshWorld(gym.Wrapper):
         listener = getattr(base, "contactListener_keepref", None)
         base.world = Box2D.b2World(gravity=base.world.gravity, contactListener=listener)
         return self.env.reset(**kwargs)
+
+
+def _make_atari(spec: gym.envs.registration.EnvSpec, limit: int | None, kwargs: dict[str, Any]) -> gym.Env:
+    """An Atari game whose frames gymnasium's wrapper skips and pools, so that the game itself must not."""
+    frames = {"screen_size": 64, "grayscale_obs": False} | {key: kwargs.pop(key) for key in ATARI if key in kwargs}
+    if kwargs.setdefault("frameskip", 1) != 1:
+        raise ValueError(f"frameskip is {kwargs['frameskip']} beside {sorted(frames)}; give frame_skip instead")
+    env = gym.make(spec, max_episode_steps=limit, disable_env_checker=True, **kwargs)
+    return gym.wrappers.AtariPreprocessing(env, **frames)
 
 
 def _is_doom(env: gym.Env) -> bool:

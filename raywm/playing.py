@@ -46,7 +46,7 @@ class Row:
 
     def _use(self, env: Columns) -> None:
         # The recording copies what it sees, so the copy that env.step would make is left out.
-        self.env, self.step, self.columns = env, env.env.step, env.columns
+        self.env, self.step, self.write = env, env.env.step, env.write
 
     def renew(self, config: Any) -> None:
         """The environment broke: another one."""
@@ -315,8 +315,7 @@ class Play:
         recording.reward[index] = 0
 
     def _see(self, row: Row, obs: Any) -> None:
-        for name, column in row.columns(obs).items():
-            self.recording.now[name][row.index] = column
+        row.write(obs, self.recording.now, row.index)
 
     def _end(self, row: Row, terminated: bool) -> None:
         assert row.episode is not None

@@ -620,14 +620,15 @@ def test_verify_reads_every_byte(tmp_path):
 def test_a_full_disk_leaves_a_whole_and_usable_store(tmp_path, monkeypatch, room):
     real, left = os.pwrite, [10**9]
 
-    def pwrite(fd, data, offset):
+    def pwritev(fd, parts, offset):
+        data = b"".join(parts)
         count = min(len(data), left[0])
         if count == 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         left[0] -= count
-        return real(fd, bytes(data[:count]), offset)
+        return real(fd, data[:count], offset)
 
-    monkeypatch.setattr(segment_module.os, "pwrite", pwrite)
+    monkeypatch.setattr(segment_module.os, "pwritev", pwritev)
     with EpisodeStore(tmp_path, COLUMNS, CODEC) as store:
         for fill in range(3):
             left[0] = room

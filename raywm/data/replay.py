@@ -192,7 +192,7 @@ class Replay:
             return {"tail": list(self._tail), "open": open_rows, "steps": self._steps}
 
     @property
-    def aside(self) -> int:
+    def aside_steps(self) -> int:
         """Transitions that are set aside as later than ``until``."""
         with self.store.lock:
             pieces = [piece for pieces in self._aside.values() for piece in pieces]

@@ -431,7 +431,7 @@ class Online:
         if saved is None:
             self._keep_log(0)
         else:
-            later = replay.aside
+            later = replay.aside_steps
             replay.release()
             self.figures.totals.update(saved.state["figures"])
             counts = saved.state["governor"]

@@ -69,8 +69,8 @@ class TwoHot(nn.Module):
         super().__init__()
         if count % 2 == 0:
             raise ValueError(f"got {count} bins, expected an odd number: one of them is 0")
-        self.half = count // 2
-        half = symexp(torch.linspace(0, limit, self.half + 1, dtype=torch.float64)).float()
+        self.middle = count // 2
+        half = symexp(torch.linspace(0, limit, self.middle + 1, dtype=torch.float64)).float()
         self.register_buffer("bins", torch.cat([half, -half[1:]]), persistent=False)
 
     def mean(self, logits: Tensor) -> Tensor:
@@ -79,20 +79,20 @@ class TwoHot(nn.Module):
 
     def mean_of(self, p: Tensor) -> Tensor:
         """Probabilities (..., K) -> (...)"""
-        return (p[..., 1 : self.half + 1] - p[..., self.half + 1 :]) @ self.bins[1 : self.half + 1]
+        return (p[..., 1 : self.middle + 1] - p[..., self.middle + 1 :]) @ self.bins[1 : self.middle + 1]
 
     def loss(self, log_p: Tensor, *targets: Tensor) -> Tensor:
         """Cross-entropy (...) of log-probabilities (..., K) with the two bins around a target (...), by its nearness to
         each; the sum over targets."""
         total: Tensor | float = 0.0
-        sizes = self.bins[: self.half + 1]
+        sizes = self.bins[: self.middle + 1]
         for target in targets:
             target = target.detach().float()
             size = target.abs().clamp(max=sizes[-1])
-            above = torch.searchsorted(sizes, size.contiguous()).clamp(1, self.half)
+            above = torch.searchsorted(sizes, size.contiguous()).clamp(1, self.middle)
             low, high = sizes[above - 1], sizes[above]
             share = (size - low) / (high - low)
-            negative = (target < 0) * self.half  # where the bins of that sign are
+            negative = (target < 0) * self.middle  # where the bins of that sign are
             at = torch.stack([above - 1 + negative * (above > 1), above + negative], -1)  # (..., 2)
             total = total - (log_p.gather(-1, at) * torch.stack([1 - share, share], -1)).sum(-1)
         assert isinstance(total, Tensor)

@@ -214,9 +214,9 @@ class ReplayShard:
         """See `Replay.mark`."""
         return self._replay(law).mark
 
-    def aside(self, law: Law) -> int:
-        """See `Replay.aside`."""
-        return self._replay(law).aside
+    def aside_steps(self, law: Law) -> int:
+        """See `Replay.aside_steps`."""
+        return self._replay(law).aside_steps
 
     def release(self, law: Law) -> None:
         """See `Replay.release`."""

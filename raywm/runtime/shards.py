@@ -177,9 +177,9 @@ class ShardedReplay:
         return self._ask("replay_mark")
 
     @property
-    def aside(self) -> int:
+    def aside_steps(self) -> int:
         """Transitions that are set aside as later than ``until``."""
-        return sum(self._ask("aside"))
+        return sum(self._ask("aside_steps"))
 
     def release(self) -> None:
         """Let what was set aside as later than ``until`` be sampled."""

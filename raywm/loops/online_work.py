@@ -22,6 +22,7 @@ from raywm.endless import Endless
 from raywm.envs import make_env
 from raywm.learners.dreamer import DreamerLearner
 from raywm.learners.dreamer_agent import DreamerAgent
+from raywm.learners.memory import keep_memory
 from raywm.loops.executor import LocalRollouts
 from raywm.loops.parts import DEFAULT_HORIZON, cores, dreamer_specification, first_agent, time_limit
 from raywm.seeding import rng
@@ -153,6 +154,7 @@ class OnlineLearner:
 
     def __init__(self, parts: OnlineParts, replay: Source, rank: int = 0, ranks: int = 1):
         self.parts, self.replay, self.rank, self.ranks = parts, replay, rank, ranks
+        keep_memory()
         self.learner = parts.learner(rank, ranks)
         self._batches: Prefetch | None = None
 

@@ -152,25 +152,17 @@ def test_percentiles_follow_returns_and_keep_their_floor():
 
 
 def test_draw_has_the_chances_it_was_given():
-    probs = mixed_probs(torch.tensor([0.0, 2.0, -1.0, 50.0]), 0.1)
-    assert probs.sum() == pytest.approx(1) and probs.min() >= 0.1 / 4
     uniform = (torch.arange(40000) + 0.5) / 40000
-    samples = draw(probs.expand(40000, 4), uniform)
-    assert torch.equal(samples.sum(-1), torch.ones(40000))
-    assert torch.allclose(samples.mean(0), probs, atol=1e-3)
-    plain = torch.tensor([0.0, 2.0, -1.0, 50.0]).softmax(-1)
-    samples = draw(plain.expand(40000, 4), uniform, 0.1)
-    assert torch.allclose(samples.mean(0), probs, atol=1e-3)  # the mixture, drawn without making it
-    assert draw(torch.tensor([[0.5, 0.5 - 1e-7]]), torch.tensor([0.99999999])).sum() == 1  # rounding leaves no gap
-
-
-def test_block_linear_is_a_block_diagonal_matrix():
-    layer = ScanLinear(6, 3, 3, parts=2)
-    x = torch.randn(5, 6)
-    y = layer(x).view(5, 2, 3, 1)  # (B, parts, blocks, outputs a block)
-    for g in range(3):
-        expected = x[:, 2 * g : 2 * g + 2] @ layer.weight[g]  # (B, parts)
-        assert torch.allclose(y[:, :, g, 0], expected, atol=1e-6)
+    for unimix in (0.0, 0.1):
+        logits = torch.tensor([0.0, 2.0, -1.0, 3.0])
+        probs = mixed_probs(logits, unimix)
+        assert probs.sum() == pytest.approx(1) and probs.min() >= unimix / 4
+        samples = draw(logits.expand(40000, 4), uniform, unimix)
+        assert torch.equal(samples.sum(-1), torch.ones(40000))
+        assert torch.allclose(samples.mean(0), probs, atol=1e-3)
+    ends = draw(torch.zeros(2, 7), torch.tensor([0.0, 1 - 2**-24]))  # no gap at either end
+    assert torch.equal(ends.argmax(-1), torch.tensor([0, 6]))
+    assert draw(torch.tensor([[500.0, -500.0, 499.0]]), torch.tensor([0.3])).sum() == 1
 
 
 def test_straight_through_has_the_gradients_of_the_probabilities():
@@ -439,3 +431,107 @@ def test_actor_judges_what_it_samples():
     expected = one.log_prob(action[:, :2].argmax(-1)) + two.log_prob(action[:, 2:].argmax(-1))
     assert torch.allclose(log_prob, expected, atol=1e-5)
     assert torch.allclose(entropy, one.entropy() + two.entropy(), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ several learners
+
+
+def _rank(rank: int, ranks: int, address: str, parts: list[Batch], results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    learner, _ = make(rank=rank, ranks=ranks, dreamer__optimiser="adam")
+    metrics = [learner.update(parts[rank]) for _ in range(3)]
+    results.put((rank, learner.optimiser.flat.numpy(), {k: float(v) for k, v in metrics[-1].items()}))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_learners_are_one_on_the_joined_batch(tmp_path):
+    single, batch = make(dreamer__optimiser="adam")
+    for _ in range(3):
+        metrics = single.update(batch)
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    parts = split(batch, 2)
+    address = f"file://{tmp_path}/meet"
+    processes = [context.Process(target=_rank, args=(rank, 2, address, parts, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    found = {rank: (flat, told) for rank, flat, told in (results.get(timeout=120) for _ in processes)}
+    for process in processes:
+        process.join(30)
+    assert np.array_equal(found[0][0], found[1][0])  # the ranks stay together, bit for bit
+    assert np.allclose(found[0][0], single.optimiser.flat.numpy(), atol=2e-5)
+    mean = np.mean([found[r][1]["model_loss"] for r in range(2)])
+    assert mean == pytest.approx(float(metrics["model_loss"]), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ a known optimum
+
+
+@pytest.mark.slow
+def test_gaussian_rssm_approaches_the_kalman_filter():
+    """x' = 0.9 x + 0.5 a + w, y = x + v: no one-step prediction of y is better than the Kalman filter's."""
+    A, B, Q, R = 0.9, 0.5, 0.3**2, 0.5**2
+
+    def play(n, T, seed):
+        rng = np.random.default_rng(seed)
+        x, xs, action = rng.normal(size=n), [], rng.uniform(-1, 1, (n, T)).astype(np.float32)
+        action[:, 0] = 0
+        for t in range(T):
+            x = x if t == 0 else A * x + B * action[:, t] + Q**0.5 * rng.normal(size=n)
+            xs.append(x)
+        y = np.stack(xs, 1) + R**0.5 * rng.normal(size=(n, T))
+        batch = blank(n, T, {"vector": ((1,), torch.float32)}, 1)
+        batch.obs["vector"].copy_(torch.from_numpy(y[..., None]))
+        batch.action.copy_(torch.from_numpy(action[..., None]))
+        for flag in (batch.is_first, batch.is_last, batch.is_terminal, batch.reward):
+            flag.zero_()
+        batch.is_first[:, 0] = True
+        batch.mask.fill_(True)
+        return batch, y, action
+
+    def kalman(y, action):
+        mean, var, out = np.zeros(len(y)), np.ones(len(y)), []
+        for t in range(y.shape[1]):
+            if t:
+                mean, var = A * mean + B * action[:, t], A * A * var + Q
+            out.append(mean)
+            gain = var / (var + R)
+            mean, var = mean + gain * (y[:, t] - mean), (1 - gain) * var
+        return np.stack(out, 1)
+
+    torch.manual_seed(0)
+    # a squared error and half the KL are twice the evidence bound of a decoder with variance R = 1/4
+    model = RSSM(
+        {"vector": ((1,), False)},
+        1,
+        latent="gaussian",
+        symlog=False,
+        stoch=4,
+        deter=64,
+        free_nats=0.0,
+        dyn_scale=0.5,
+        rep_scale=0.5,
+    )
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    steps = 1200
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * (1 - step / steps) + 1e-5
+        batch, _, _ = play(64, 24, step + 1)
+        torch.manual_seed(step)
+        loss = model.loss(batch, "model").loss.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    batch, y, action = play(2000, 24, 0)
+    with torch.no_grad():
+        noise = model.latent.central((2000, 24))
+        states, _ = model.observe(batch.obs, batch.action, batch.is_first, noise)
+        before = {k: v[:, 4:-1].flatten(0, 1) for k, v in states.items()}
+        step = model.imagine(before, batch.action[:, 5:].flatten(0, 1), model.zero_noise(2000 * 19))
+        predicted = model.decode(step.state)["vector"].view(2000, 19).numpy()
+    truth = y[:, 5:]
+    got, best, naive = (np.mean((p - truth) ** 2) for p in (predicted, kalman(y, action)[:, 5:], y[:, 4:-1]))
+    assert best < 0.75 * naive
+    assert got < 1.1 * best, (got, best, naive)

@@ -42,6 +42,9 @@ class Actor(nn.Module):
     def _probs(self, out: Tensor) -> list[Tensor]:
         return [mixed_probs(part, self.unimix) for part in out.split(self.groups, -1)]
 
+    def _draws(self, out: Tensor, noise: Tensor) -> list[Tensor]:
+        return [draw(part, noise[..., g], self.unimix) for g, part in enumerate(out.detach().split(self.groups, -1))]
+
     def _chances(self, out: Tensor) -> Tensor:
         return (1 - self.unimix) * out.sigmoid() + self.unimix / 2
 
@@ -58,13 +61,10 @@ class Actor(nn.Module):
         if self.kind == "multi_binary":
             chance = self._chances(out)
             return ((0.5 if noise is None else noise) < chance).float()
-        parts = []
-        for g, probs in enumerate(self._probs(out)):
-            if noise is None:
-                parts.append(torch.zeros_like(probs).scatter_(-1, probs.argmax(-1, keepdim=True), 1.0))
-            else:
-                parts.append(draw(probs, noise[..., g]))
-        return torch.cat(parts, -1)
+        if noise is not None:
+            return torch.cat(self._draws(out, noise), -1)
+        choices = [(part, part.argmax(-1, keepdim=True)) for part in out.split(self.groups, -1)]
+        return torch.cat([torch.zeros_like(part).scatter_(-1, choice, 1.0) for part, choice in choices], -1)
 
     def judge(self, features: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """The log-probability (...) of actions (..., A) that ``sample`` gave, and the entropy (...)."""
@@ -93,5 +93,5 @@ def reparametrised(actor: Actor, features: Tensor, noise: Tensor) -> Tensor:
     if actor.kind == "multi_binary":
         chance = actor._chances(actor.net(features))
         return (noise < chance).float() + chance - chance.detach()
-    parts = [draw(p.detach(), noise[..., g]) + p - p.detach() for g, p in enumerate(actor._probs(actor.net(features)))]
-    return torch.cat(parts, -1)
+    out = actor.net(features)
+    return torch.cat([d + p - p.detach() for d, p in zip(actor._draws(out, noise), actor._probs(out))], -1)

@@ -96,7 +96,8 @@ class Decoder(nn.Module):
             halved = stages(name, shape)
             channels = [*(depth * m for m in reversed(MULTIPLES[:halved])), shape[2]]
             self.grids[name] = grid = (shape[0] >> halved, shape[1] >> halved, channels[0])
-            self.first[name] = nn.Linear(features, _length(grid), bias=False)
+            # by way of fewer units: all features to all of the first map would be most of a large model's weights
+            self.first[name] = norm_mlp([features, 2 * units]).append(nn.Linear(2 * units, _length(grid), bias=False))
             convs: list[nn.Module] = [ChannelNorm(channels[0])]
             for a, b in zip(channels[:-2], channels[1:-1], strict=True):
                 convs += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False), ChannelNorm(b)]

@@ -105,18 +105,22 @@ def mixed_probs(logits: Tensor, unimix: float) -> Tensor:
     return p if unimix == 0 else (1 - unimix) * p + unimix / logits.shape[-1]
 
 
-def draw(probs: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One-hot samples of categoricals (..., K) by one uniform number (...) each: the inverse of the distribution.
+def draw(logits: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One-hot samples of ``mixed_probs(logits, unimix)``, (..., K), by one uniform number (...) each.
 
-    With `unimix` as those of ``mixed_probs``: a number below it picks by its place there, others are stretched.
+    The inverse of the distribution, without its normalisation: torch's softmax over a few classes costs more than all
+    of this. A number below `unimix` picks by its place there, others are stretched.
     """
-    K = probs.shape[-1]
-    plain = ((uniform - unimix) / (1 - unimix) if unimix else uniform).contiguous()
-    below = torch.searchsorted(probs.float().cumsum(-1), plain.unsqueeze(-1), right=True).squeeze(-1)  # (...)
+    K = logits.shape[-1]
+    # beyond +-80 there is no room in fp32; logits that far from 0 are as good as certain
+    heap = logits.float().clamp(-80, 80).exp_().cumsum(-1)
+    plain = (uniform - unimix) / (1 - unimix) if unimix else uniform
+    chosen = torch.searchsorted(heap, plain.unsqueeze(-1) * heap[..., -1:], right=True)  # (..., 1)
     if unimix:
-        below = torch.where(uniform < unimix, (uniform * (K / unimix)).long(), below)
-    below = below.clamp_(max=K - 1).unsqueeze(-1)  # rounding may leave the last sum below 1
-    return torch.zeros(probs.shape, dtype=dtype, device=probs.device).scatter_(-1, below, 1.0)
+        mixed = (uniform * (K / unimix)).long().unsqueeze(-1)
+        chosen = torch.where(uniform.unsqueeze(-1) < unimix, mixed, chosen)
+    chosen = chosen.clamp_(max=K - 1)  # rounding may lead past the last one
+    return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(-1, chosen, 1.0)
 
 
 class StraightThrough(torch.autograd.Function):
@@ -124,14 +128,13 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, uniform: Tensor, unimix: float, dtype: torch.dtype) -> Tensor:
-        probs = logits.softmax(-1)
-        ctx.save_for_backward(probs)
+        ctx.save_for_backward(logits)
         ctx.unimix = unimix
-        return draw(probs, uniform, unimix, dtype)
+        return draw(logits, uniform, unimix, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        (probs,) = ctx.saved_tensors
+        probs = ctx.saved_tensors[0].softmax(-1)
         scaled = probs * grad
         scaled = torch.addcmul(scaled, probs, scaled.sum(-1, keepdim=True), value=-1)
         return scaled.mul_(1 - ctx.unimix), None, None, None

@@ -292,8 +292,8 @@ def bench_dreamer(
 ) -> None:
     """Measure how long a Dreamer update takes.
 
-    Model, actor and critic on 16 sequences of 64 rows, against RLlib's DreamerV3 XS, known figures of others, and the floor
-    of the update's matrix products; and where its time goes.
+    Model, actor and critic on 16 sequences of 64 rows, against RLlib's DreamerV3 XS, known figures of others, and the
+    floor of the update's matrix products; and where its time goes.
 
     \b
     Example: raywm bench dreamer --what vector --out dreamer.json

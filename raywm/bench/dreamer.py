@@ -1,15 +1,15 @@
 """`raywm bench dreamer`: how long a Dreamer update takes, beside RLlib's DreamerV3, and beside what is possible.
 
-An update trains model, actor and critic on 16 sequences of 64 rows and dreams of 15 steps from every row. In one run, in
-turns, each in a process of its own while the others wait, with as many threads as there are cores, on vectors (4
+An update trains model, actor and critic on 16 sequences of 64 rows and dreams of 15 steps from every row. In one run,
+in turns, each in a process of its own while the others wait, with as many threads as there are cores, on vectors (4
 numbers) and on 64x64x3 images, 2 actions:
 
 - RLlib XS: the whole `Learner.update` of RLlib's DreamerV3, model size XS, on a fixed batch;
 - raywm, in fp32 and in bf16: `DreamerLearner.update`, with widths as RLlib's and no fewer parameters (without target
   copies, with actor and critic);
 - raywm size1m, in fp32 and in bf16: the official smallest size, for which others' figures are known;
-- matmul: the rate of a large square product in fp32 and in bf16. An update's FLOPs at that rate are its floor; its matrix
-  products alone, in their own shapes, are what it would take with nothing between them.
+- matmul: the rate of a large square product in fp32 and in bf16. An update's FLOPs at that rate are its floor; its
+  matrix products alone, in their own shapes, are what it would take with nothing between them.
 
 A ratio is the median of the ratios of each turn. With --gpu, on a GPU: larger sizes on images, beside the same floors.
 """
@@ -17,6 +17,7 @@ A ratio is the median of the ratios of each turn. With --gpu, on a GPU: larger s
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from raywm import config as configs
 from raywm.bench import rllib_dreamer
-from raywm.bench.common import Group, Say, Work, cell, cores, finish, machine, ratio, spread
+from raywm.bench.common import Group, Say, Work, cell, cores, cpu_seconds, finish, machine, ratio, spread
 from raywm.bench.flops import Products, profile
 from raywm.data.batch import Batch, blank
 from raywm.learners.dreamer import DreamerLearner
@@ -43,8 +44,8 @@ SPACES = {
     "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8),
 }
 RLLIB, SQUARE = "RLlib XS", 2048
-# RLlib XS is 256 wide everywhere, with a GRU and one hidden layer. On vectors that is 256 parameters short of RLlib's
-# learned first state; on images, with the same first channels, its last feature map is larger: the state makes up for it.
+# RLlib XS is 256 wide everywhere, with a GRU and one hidden layer. On vectors the same widths are 256 parameters fewer:
+# its first state is learned. On images, at the same depth, its last feature map is larger: our state makes up for it.
 XS = "rssm.units=256 rssm.hidden=256 rssm.stoch=32 rssm.classes=32 rssm.blocks=1 rssm.depth=24 dreamer.actor_layers=1"
 LIKE_XS = {"vector": [*XS.split(), "rssm.deter=264"], "image": [*XS.split(), "rssm.deter=640"]}
 SIZE_1M = ["rssm.size=1M", "dreamer.actor_layers=3"]
@@ -179,10 +180,14 @@ def measure_case(
             groups[name] = Group(make, arguments)
         facts = {name: groups[name].ask("facts") for name in found}
         rates: dict[str, list[float]] = {name: [] for name in (*found, "fp32", "bf16")}
+        cpu: dict[str, list[float]] = {name: [] for name in found}
         for turn in range(turns):
             for name in found:
                 say(f"{title}, turn {turn + 1} of {turns}: {name}")
-                rates[name].append(groups[name].measure("update", seconds))
+                group, used, start = groups[name], cpu_seconds(groups[name].pids), time.perf_counter()
+                rates[name].append(rate := group.measure("update", seconds))
+                updates = rate * (time.perf_counter() - start)
+                cpu[name].append((cpu_seconds(group.pids) - used) / updates)
             for precision in ("fp32", "bf16"):
                 rates[precision].append(groups["matmul"].measure(precision, min(seconds, 2.0)))
     finally:
@@ -191,7 +196,10 @@ def measure_case(
         for key, value in before.items():
             os.environ.pop(key) if value is None else os.environ.update({key: value})
     return {
-        "contenders": {name: _one(rates[name], facts[name], rates[_precision(name)]) for name in found},
+        "contenders": {
+            name: {"cpu_s": spread(cpu[name]), **_one(rates[name], facts[name], rates[_precision(name)])}
+            for name in found
+        },
         "matmul_flop_per_second": {precision: spread(rates[precision]) for precision in ("fp32", "bf16")},
         "ratios": {name: ratio(rates[name], rates[RLLIB]) for name in found if RLLIB in found and name != RLLIB},
     }
@@ -218,7 +226,8 @@ def run(
     """Measure; `seconds` or one update for each contender in each turn.
 
     Returns:
-        "cases": for each of `what` "contenders": by name "update_s", "floor_share" (the update's FLOPs at the rate of
+        "cases": for each of `what` "contenders": by name "update_s", "cpu_s" (CPU time of an update, which a busy
+        machine changes less), "floor_share" (the update's FLOPs at the rate of
         the square product, over its time), "products_share" (the time of its matrix products alone, over its time),
         "parameters", "flop", "losses" of the first two updates, "where" (see ``flops.profile``); and "ratios" of
         updates/s, to RLlib's.
@@ -266,7 +275,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
         title = f"{case}: one update at {sizes['batch']} x {sizes['sequence']}, horizon {sizes['horizon']}"
         table = Table(title=f"{title}, median (min to max) of {sizes['turns']} turns")
         table.add_column("")
-        for column in ("ms", f"x {RLLIB}", "parameters", "GFLOP", "of the floor", "products alone"):
+        for column in ("ms", f"x {RLLIB}", "CPU ms", "parameters", "GFLOP", "of the floor", "products alone"):
             table.add_column(column, justify="right")
         for name, one in found["contenders"].items():
             products = one.get("products_share")
@@ -274,13 +283,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
                 name,
                 cell(one["update_s"], 1e-3, 0),
                 cell(found["ratios"][name], digits=2) if name in found["ratios"] else "",
+                f"{one['cpu_s']['median'] * 1e3:,.0f}",
                 f"{one['parameters']:,}",
                 f"{one['flop'] / 1e9:,.0f}",
                 cell(one["floor_share"], 0.01, 0, "%"),
                 "" if products is None else f"{products:.0%}",
             )
         for name, known in result["known_s"].get(case, {}).items():
-            table.add_row(f"{name} size1m, measured before", f"{known * 1e3:,.0f}", "", "", "", "", "")
+            table.add_row(f"{name} size1m, measured before", f"{known * 1e3:,.0f}", *[""] * 6)
         console.print(table)
         rates = [f"{p} {cell(rate, 1e9, 0)}" for p, rate in found["matmul_flop_per_second"].items()]
         console.print(f"floor: FLOPs of the update at the rate of a square product, GFLOP/s: {', '.join(rates)}")

@@ -27,7 +27,7 @@ def learner(
     from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
     from ray.rllib.policy.sample_batch import SampleBatch
 
-    action_space = gym.spaces.Discrete(actions)
+    action_space: gym.Space = gym.spaces.Discrete(actions)
     config = DreamerV3Config().environment(observation_space=observation, action_space=action_space)
     config.training(model_size=SIZE, batch_size_B=shape[0], batch_length_T=shape[1], horizon_H=horizon)
     config.learners(num_learners=0)

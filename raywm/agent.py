@@ -233,10 +233,11 @@ class LiveAgent:
 
 
 def load_agent(run: str | Path) -> LiveAgent:
-    """The trained agent in a run directory: the controller that did best in reality, with its world model.
+    """The trained agent in a run directory: V-M-C's controller that did best in reality with its world model, or
+    Dreamer's greedy policy as it was last saved.
 
     Needs neither Ray nor the environment. Raises ValueError for a directory that holds no trained agent (yet).
     """
-    from raywm.loops.saved import Saved  # on demand: it needs torch
+    from raywm.loops.saved import open_run  # on demand: it needs torch
 
-    return Saved(run).live()
+    return open_run(run).live()

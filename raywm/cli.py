@@ -11,7 +11,9 @@ import errno
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -158,11 +160,12 @@ def train(
     address: AddressOption = None,
     in_process: InProcessOption = False,
 ) -> None:
-    """Train a controller in the dreams of a world model.
+    """Train an agent in the dreams of a world model.
 
-    Collects real episodes, fits the model to them, evolves the controller in its dreams, measures it in reality, and
-    repeats until target.real_return, budget.real_steps or iterations is reached. A stopped or killed run continues with
-    --resume. At a resume only iterations, address, workers, timeouts, budget, target, evaluate and log may change.
+    V-M-C collects real episodes, fits the model to them, evolves a controller in its dreams, measures it in reality,
+    and repeats until target.real_return, budget.real_steps or iterations is reached. Dreamer (algorithm: dreamer)
+    collects and trains at the same time until target.real_return or online.steps. A stopped or killed run continues
+    with --resume. At a resume only how far and where it goes may change: steps, workers, timeouts, target, log.
 
     \b
     Examples:
@@ -406,19 +409,22 @@ def _run(
         out = out or Path("runs") / f"{Path(preset).stem}-seed{config.seed}"
         arguments = [preset, *overrides, "--out", str(out), *(["--address", address] if address else [])]
         arguments += [*(["--in-process"] if in_process else []), "--resume"]
-        from raywm.loops.parts import Parts
-
-        Parts(config)  # an environment or a model that cannot be built must not leave a run directory behind
+        _parts(config)  # an environment or a model that cannot be built must not leave a run directory behind
         with _open_run(out, config, resume), _interruptible(["raywm", "train", *arguments]):
             from raywm.log import RunLog
-            from raywm.loops.vmc import train as loop
 
+            if config.algorithm == "dreamer":
+                from raywm.loops.online import train as loop
+            else:
+                from raywm.loops.vmc import train as loop
             with RunLog(out, config.log.tensorboard, config.log.console) as log:
                 log.say(f"{out}: {config.env.id}, seed {config.seed}")
                 with _executor(config, out, in_process) as executor:
                     fixes.append("what is done is kept: mend it, and continue with --resume")
                     result = loop(config, out, executor, log)
                 _print_result(result, as_json=False, quiet=not config.log.console)
+                if config.algorithm == "dreamer":
+                    return
                 from raywm.report import write_report  # type: ignore[attr-defined]
 
                 with log.progress("writing the report"):
@@ -426,7 +432,25 @@ def _run(
                 log.say(f"report: {path}")
 
 
+def _parts(config: RunConfig) -> Any:
+    if config.algorithm == "dreamer":
+        from raywm.loops.online_work import OnlineParts
+
+        return OnlineParts(config)
+    from raywm.loops.parts import Parts
+
+    return Parts(config)
+
+
 def _executor(config: RunConfig, out: Path, in_process: bool) -> Any:
+    if config.algorithm == "dreamer" and in_process:
+        from raywm.loops.online_work import LocalOnline
+
+        return LocalOnline(config, out)
+    if config.algorithm == "dreamer":
+        from raywm.runtime.online import RayOnline
+
+        return RayOnline(config, out, config.address)
     if in_process:
         from raywm.loops.executor import InProcess
 
@@ -468,7 +492,7 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
 
 def _nothing_yet(out: Path) -> bool:
     """Whether `out` holds only what a run leaves that failed before its first episode: it may be started anew."""
-    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes"}
+    made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes", "starts.json"}
     if {p.name for p in out.iterdir() if not p.name.startswith(".")} - made or any(out.glob("episodes/[!.]*")):
         return False
     try:
@@ -492,13 +516,25 @@ def _lock(file: Any, out: Path) -> None:
 
 @contextlib.contextmanager
 def _interruptible(command: Sequence[str]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run alike: what is open is closed, and how to continue is said."""
+    code = 130
+
+    def terminate(*_: Any) -> None:
+        nonlocal code
+        code = 128 + signal.SIGTERM
+        raise KeyboardInterrupt  # Ray makes this of whatever a handler raises while it is waited for
+
+    before = signal.signal(signal.SIGTERM, terminate) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     except KeyboardInterrupt:
         if _State.debug:
             traceback.print_exc()
         typer.echo(f"\nstopped; continue with: {shlex.join(command)}", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(code) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

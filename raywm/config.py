@@ -88,8 +88,17 @@ class CollectConfig(Section):
         None, description="Episodes are handed over in pieces of this many rows, while they are played."
     )
     stall_s: Positive = Field(
-        60.0, description="Seconds an environment's step or reset may take before it is restarted."
+        60.0, description="Seconds an environment's step or reset may take before it is restarted; below timeout_s."
     )
+
+    @model_validator(mode="after")
+    def _agree(self) -> CollectConfig:
+        if self.stall_s >= self.timeout_s:
+            raise ValueError(
+                f"collect.stall_s: got {self.stall_s:g}, expected less than collect.timeout_s={self.timeout_s:g}, "
+                "after which a collector's whole answer is given up; lower stall_s, or raise timeout_s"
+            )
+        return self
 
 
 class ReplayConfig(Section):

@@ -223,7 +223,10 @@ def _actions(
 
     def act(obs: dict[str, np.ndarray], is_first: np.ndarray) -> np.ndarray:
         nonlocal state
-        action, state = agent.act(obs, state, is_first, rngs)
+        try:
+            action, state = agent.act(obs, state, is_first, rngs)
+        except Exception as error:
+            raise ValueError(f"agent {agent.name!r} failed in act: {type(error).__name__}: {error}") from error
         if np.shape(action) != (envs, *codec.shape):
             raise ValueError(f"agent {agent.name!r} acted {np.shape(action)}, expected {(envs, *codec.shape)}")
         return np.asarray(action, codec.dtype)

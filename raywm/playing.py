@@ -46,7 +46,7 @@ class Row:
 
     def _use(self, env: Columns) -> None:
         # The recording copies what it sees, so the copy that env.step would make is left out.
-        self.env, self.step, self.columns = env, env.env.step, env.columns
+        self.env, self.step, self.write = env, env.env.step, env.write
 
     def renew(self, config: Any) -> None:
         """The environment broke: another one."""
@@ -106,7 +106,10 @@ class Lane:
         self.use(agent)
 
     def use(self, agent: Agent) -> None:
-        self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        try:
+            self.agent, self.state, self.new = agent, agent.initial(len(self.rngs)), True
+        except Exception as error:
+            raise ValueError(f"agent {agent.name!r} failed in initial: {type(error).__name__}: {error}") from error
 
 
 class Play:
@@ -161,6 +164,12 @@ class Play:
         if recording.time + 1 - oldest >= recording.room:
             recording.grow(oldest)
         self._until = oldest + recording.room
+
+    def flush(self) -> None:
+        """What running episodes have seen and not handed over becomes pieces."""
+        for row in self.active:
+            if row.episode is not None and self.recording.time + 1 > row.episode.sent:
+                self._cut(row, False)
 
     def take(self, rows: int) -> tuple[list[Piece], dict[str, np.ndarray]]:
         """The first of the pieces, as many as it takes to have so many rows, and (with `keep`) their rows.
@@ -258,7 +267,13 @@ class Play:
         if lane.new:  # whatever its rows have seen, the agent has not
             lane.new, is_first = False, np.ones(len(is_first), bool)
         agent, recording = lane.agent, self.recording
-        action, lane.state = agent.act(recording.now, lane.state, is_first, lane.rngs)
+        try:
+            action, lane.state = agent.act(recording.now, lane.state, is_first, lane.rngs)
+        except Exception as error:
+            rows = [row for row in self.active if row.episode is not None and row.episode.lane is lane]
+            playing = ", ".join(str(row.episode.number) for row in rows if row.episode is not None)
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"agent {agent.name!r} failed in act, playing episodes {playing}: {what}") from error
         shape = (self.collector.envs, *self.collector.codec.shape)
         if getattr(action, "shape", None) != shape:
             raise ValueError(f"agent {agent.name!r} acted {np.shape(action)}, expected {shape}: an action a row")
@@ -300,8 +315,7 @@ class Play:
         recording.reward[index] = 0
 
     def _see(self, row: Row, obs: Any) -> None:
-        for name, column in row.columns(obs).items():
-            self.recording.now[name][row.index] = column
+        row.write(obs, self.recording.now, row.index)
 
     def _end(self, row: Row, terminated: bool) -> None:
         assert row.episode is not None

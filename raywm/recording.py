@@ -11,7 +11,7 @@ import numpy as np
 from raywm.data.episode import OBS
 from raywm.spaces import ActionCodec
 
-BLOCK_BYTES = 1 << 20  # of a block, where nobody says otherwise
+BLOCK_BYTES = 1 << 22  # of a block, where nobody says otherwise: what Ray does for one costs as much as copying some MB
 
 
 class Recording:

@@ -162,7 +162,7 @@ def test_evaluate_is_pure_json(run):
 
 
 def _one_of(copy: Path) -> Path:
-    return next((copy / "episodes").glob("*.arrows"))
+    return min((copy / "episodes").glob("*.arrows"))
 
 
 def test_a_foreign_file_in_the_store(copy):
@@ -187,14 +187,15 @@ def test_a_run_goes_on_without_a_damaged_episode(copy):
 
 
 def test_a_run_without_its_episodes_says_what_is_missing(copy):
-    data = _one_of(copy).read_bytes()
-    _one_of(copy).write_bytes(data[: len(data) // 4])
+    path = _one_of(copy)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 4])
     with pytest.warns(UserWarning, match="damaged and set aside"):
         assert "too few are left to go on" in line(train(copy, "iterations=2", "--resume"))
     aside = next((copy / "episodes").glob("*.damaged"))
     assert aside.read_bytes() == data[: len(data) // 4]
     aside.unlink()  # put back, as the line says, it goes on
-    (copy / "episodes" / "segment-00000001.arrows").write_bytes(data)
+    path.write_bytes(data)
     assert train(copy, "iterations=2", "--resume").exit_code == 0
 
 

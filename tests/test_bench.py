@@ -186,17 +186,15 @@ def test_projections_separate_what_is_used_at_rest():
             "stored": {"blocks": 10, "rows": 2000, "bytes": 60_000},
         }
 
-    found = scale.project([measured(8), measured(16), measured(32)], [1, 1000], search=lambda workers: workers * 0.1)
+    found = scale.project([measured(8), measured(16), measured(32)], [1, 1000])
     assert found["costs"] == pytest.approx(
         {"driver_ms_per_unit": 1, "driver_cores_at_rest": 0.02, "shard_ms_per_block": 3, "shard_cores_at_rest": 0.04}
     )
-    assert found["cluster"][1]["driver_cores"] == pytest.approx(0.02 + 32 + 32_000 * 0.0032)
+    assert found["cluster"][1]["driver_cores"] == pytest.approx(0.02 + 32)
     assert found["cluster"][1]["driver_messages_per_second"] == 64_000
     assert found["cluster"][1]["storage_bytes_per_second"] == pytest.approx(1000 * 32 * 400 * 30)
     assert found["node"]["shard_messages_per_second"] == 128
-    full = found["nodes_at_a_full_driver_core"] * 32  # collectors: 0.001 c + 1e-7 c^2 = 0.98
-    assert 0.001 * full + 1e-7 * full**2 == pytest.approx(0.98)
-    assert scale.search_us(2000) > 5 * scale.search_us(100)
+    assert found["nodes_at_a_full_driver_core"] * 32 * 0.001 == pytest.approx(0.98)
     flat = [measured(8) | {"driver_cores": of(0.05)}, measured(16) | {"driver_cores": of(0.05)}]
     assert scale.per_unit(flat)["driver_ms_per_unit"] == pytest.approx(50 / 16)  # no line rises
 

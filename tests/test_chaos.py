@@ -48,7 +48,7 @@ Rollouts.collect = noted
 config = parse({
     "env": {"id": "test_chaos:SlowCounting"},
     "address": address,
-    "collect": {"workers": 4, "timeout_s": 30},
+    "collect": {"workers": 4, "timeout_s": 30, "stall_s": 20},
     "replay": {"shards": "nodes", "storage": f"file://{out}-copies", "segment_mb": 0.1, "seal_s": 2},
 })
 print(json.dumps(collect_dataset(config, out, episodes=int(sys.argv[4]), policy="random", resume=True)))
@@ -118,7 +118,7 @@ def test_collection_survives_everything(tmp_path, monkeypatch):
                 assert len(places) == 3
                 before = {name: len(os.listdir(out / name)) for name in places}
                 # not the first shard's node, which the driver is attached to: the driver dies later
-                victim, theirs = next((n, s) for n in nodes if (s := shard_of(n, out)) != "shard-000")
+                victim, theirs = next((n, s) for n in nodes if not (s := shard_of(n, out)).startswith("shard-000"))
                 workers = [
                     child.pid for pid in raylets(victim) for child in psutil.Process(pid).children(recursive=True)
                 ]
@@ -157,7 +157,11 @@ def raylets(node):
 
 def shard_of(node, out):
     """The directory of the shard that lives on a node: its actor's process is a child of the node's raylet."""
-    for pid in processes("ReplayShard", [node]):
-        held = [file.path for file in psutil.Process(pid).open_files()]
-        return next(name for name in sorted(os.listdir(out)) if any(str(out / name) in path for path in held))
+    for _ in range(150):  # one that was just restarted has not opened it yet
+        for pid in processes("ReplayShard", [node]):
+            held = [file.path for file in psutil.Process(pid).open_files()]
+            for name in sorted(os.listdir(out)):
+                if any(str(out / name) in path for path in held):
+                    return name
+        time.sleep(0.1)
     raise AssertionError("no shard on that node")

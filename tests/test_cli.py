@@ -258,8 +258,9 @@ def test_help_is_one_screen_with_an_example(command):
     assert f"raywm {' '.join(command)}" in result.stdout
 
 
-def test_the_real_command_stops_at_a_signal(tmp_path):
-    # a process of its own: what CliRunner cannot show is that SIGINT reaches us and the exit code is the shell's 130
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_real_command_stops_at_a_signal(tmp_path, sent):
+    # a process of its own: what CliRunner cannot show is that a signal reaches us and the exit code is the shell's
     code = (
         "import sys, time, types\n"
         "def train(*a): print('training', flush=True); time.sleep(60)\n"
@@ -284,8 +285,8 @@ def test_the_real_command_stops_at_a_signal(tmp_path):
     try:
         while process.stdout.readline().strip() != "training":
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, said = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == 130 and said.strip().endswith("--in-process --resume"), said
+    assert process.returncode == 128 + sent and said.strip().endswith("--in-process --resume"), said

@@ -99,6 +99,12 @@ def test_what_is_wrong_is_said_in_one_line(override, said):
     assert "\n" not in str(error.value)
 
 
+def test_stalls_are_found_before_an_answer_is_given_up():
+    assert load("collect.stall_s=5", "collect.timeout_s=6").collect.stall_s == 5
+    with pytest.raises(ValueError, match=r"collect\.stall_s: got 60, expected less than .*=60, .* lower"):
+        load("collect.timeout_s=60")
+
+
 def test_a_learner_that_cannot_work_where_it_is_sent():
     with pytest.raises(ValueError, match=r"evolve\.where"):
         load("evolve.learner=reinforce", "evolve.where=real")
@@ -131,7 +137,7 @@ def test_unknown_presets_and_files(tmp_path):
         "evaluate.episodes=3",
         "log.console=false",
         "dream.timeout_s=5",
-        "collect.timeout_s=5",
+        "collect.timeout_s=90",
     ],
 )
 def test_a_resume_may_change_where_and_how_far(override):

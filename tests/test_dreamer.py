@@ -19,8 +19,9 @@ from raywm.learners.dreamer_agent import DreamerAgent
 from raywm.learners.optim import Optimiser
 from raywm.loops.parts import dreamer_specification
 from raywm.models.codecs import stages
-from raywm.models.heads import TwoHot, categorical_kl, draw, gaussian_kl, mixed_probs, symexp, symlog
-from raywm.models.rssm import RSSM, SIZES, BlockLinear
+from raywm.models.heads import StraightThrough, TwoHot, categorical_kl, draw, gaussian_kl, mixed_probs, symexp, symlog
+from raywm.models.rssm import RSSM, SIZES
+from raywm.models.scan import ScanLinear, scanning
 from raywm.spaces import ActionCodec
 
 SPACES = {
@@ -78,27 +79,28 @@ def test_symlog_and_symexp_are_inverse():
 
 def test_two_hot_says_the_number_it_was_fitted_to():
     twohot = TwoHot(255)
-    assert twohot.bins[127] == 0 and torch.equal(twohot.bins, -twohot.bins.flip(0))
+    ordered = twohot.bins.sort().values
+    assert ordered[127] == 0 and torch.equal(ordered, -ordered.flip(0)) and len(ordered.unique()) == 255
     target = torch.tensor([-300.0, -1.5, 0.0, 0.3, 7.0, 2500.0])
     logits = torch.zeros(6, 255, requires_grad=True)
-    low = torch.searchsorted(twohot.bins, target).clamp(1, 254)
     for _ in range(3000):
-        (grad,) = torch.autograd.grad(twohot.loss(logits, target).sum(), logits)
+        (grad,) = torch.autograd.grad(twohot.loss(logits.log_softmax(-1), target).sum(), logits)
         logits = (logits - grad).detach().requires_grad_()
-    probs = logits.softmax(-1)
-    assert torch.allclose(probs.gather(-1, torch.stack([low - 1, low], -1)).sum(-1), torch.ones(6), atol=0.01)
+    two = logits.softmax(-1).topk(2).values.sum(-1)
+    assert torch.allclose(two, torch.ones(6), atol=0.01)
     assert torch.allclose(twohot.mean(logits), target, rtol=0.05, atol=0.05)
     assert twohot.mean(torch.zeros(255)) == 0  # an untrained critic says exactly nothing
 
 
 def test_two_hot_loss_is_the_cross_entropy_of_the_two_bins():
     twohot, logits = TwoHot(9, limit=2.0), torch.randn(9, generator=torch.Generator().manual_seed(0))
-    target = twohot.bins[5] * 0.25 + twohot.bins[6] * 0.75
     log_p = logits.log_softmax(-1)
-    expected = -(0.25 * log_p[5] + 0.75 * log_p[6])
-    assert torch.allclose(twohot.loss(logits, target), expected)
-    assert torch.allclose(twohot.loss(logits, target, target), 2 * expected)
-    assert torch.allclose(twohot.loss(logits, torch.tensor(1e9)), -log_p[8])  # beyond the last bin
+    for a, b in ((2, 3), (6, 7), (0, 5), (0, 1)):  # positive, negative, across 0
+        target = twohot.bins[a] * 0.25 + twohot.bins[b] * 0.75
+        expected = -(0.25 * log_p[a] + 0.75 * log_p[b])
+        assert torch.allclose(twohot.loss(log_p, target), expected)
+    assert torch.allclose(twohot.loss(log_p, target, target), 2 * expected)
+    assert torch.allclose(twohot.loss(log_p, torch.tensor(-1e9)), -log_p[8])  # beyond the last bin
 
 
 def test_lambda_return_is_its_definition():
@@ -156,16 +158,47 @@ def test_draw_has_the_chances_it_was_given():
     samples = draw(probs.expand(40000, 4), uniform)
     assert torch.equal(samples.sum(-1), torch.ones(40000))
     assert torch.allclose(samples.mean(0), probs, atol=1e-3)
+    plain = torch.tensor([0.0, 2.0, -1.0, 50.0]).softmax(-1)
+    samples = draw(plain.expand(40000, 4), uniform, 0.1)
+    assert torch.allclose(samples.mean(0), probs, atol=1e-3)  # the mixture, drawn without making it
     assert draw(torch.tensor([[0.5, 0.5 - 1e-7]]), torch.tensor([0.99999999])).sum() == 1  # rounding leaves no gap
 
 
 def test_block_linear_is_a_block_diagonal_matrix():
-    layer = BlockLinear(6, 3, 3, parts=2)
+    layer = ScanLinear(6, 3, 3, parts=2)
     x = torch.randn(5, 6)
     y = layer(x).view(5, 2, 3, 1)  # (B, parts, blocks, outputs a block)
     for g in range(3):
         expected = x[:, 2 * g : 2 * g + 2] @ layer.weight[g]  # (B, parts)
         assert torch.allclose(y[:, :, g, 0], expected, atol=1e-6)
+
+
+def test_straight_through_has_the_gradients_of_the_probabilities():
+    logits = torch.randn(3, 2, 5, requires_grad=True)
+    uniform, up = torch.rand(3, 2), torch.randn(3, 2, 5)
+    sample = StraightThrough.apply(logits, uniform, 0.1, torch.float32)
+    assert torch.equal(sample.sum(-1), torch.ones(3, 2))
+    (got,) = torch.autograd.grad((sample * up).sum(), logits)
+    (expected,) = torch.autograd.grad((mixed_probs(logits, 0.1) * up).sum(), logits)
+    assert torch.allclose(got, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_scan_makes_the_gradients_of_plain_autograd(blocks):
+    layer = ScanLinear(6, 6, blocks, bias=True)
+    steps = torch.randn(5, 4, 6)
+
+    def run():
+        state = torch.zeros(4, 6)
+        for x in steps:
+            state = layer(state + x).tanh()
+        return state.square().sum()
+
+    expected = torch.autograd.grad(run(), list(layer.parameters()))
+    with scanning(layer, torch.float32):
+        loss = run()
+    for got, wanted in zip(torch.autograd.grad(loss, list(layer.parameters())), expected):
+        assert torch.allclose(got, wanted, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ the model

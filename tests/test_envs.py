@@ -173,6 +173,13 @@ def test_images_are_cropped_resized_and_made_grey():
         env = make_env({"id": name, "crop": (2, 8, 5, 5), "grayscale": True, **more})
         image = env.reset()[0]["image"]
         assert image.shape[2] == 1 and (image == grey).all() and env.observation_space["image"].contains(image)
+    for cut in ({}, {"crop": (2, 8, 5, 5)}):
+        for more in ({}, {"resize": (5, 4)}, {"grayscale": True}, {"resize": (5, 4), "grayscale": True}):
+            env = make_env({"id": name} | cut | more)
+            seen, raw = env.reset()[0]["image"], env.env.reset()[0]
+            now = {"image": np.full((3, *seen.shape), 7, np.uint8)}
+            env.write(raw, now, 1)  # what collectors do
+            assert np.array_equal(now["image"][1], seen) and (now["image"][::2] == 7).all()
     env = make_env({"id": name})
     first = env.reset()[0]["image"]
     before = first.copy()

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import types
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -317,6 +320,18 @@ def test_ray_data_opens_it_with_one_line(dataset, tmp_path, ray_session, monkeyp
             assert batch[name][at].tobytes() == column.tobytes()
 
 
+def test_the_lines_in_the_readme_run_as_they_stand(counting, tmp_path):
+    pytest.importorskip("duckdb")
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    (block,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "duckdb" in part)
+    with Dataset(counting) as dataset:
+        interchange.export_parquet(dataset, tmp_path / "out")
+        rows = dataset.rows
+    (tmp_path / "script.py").write_text(f"{block}\nprint('COUNTED', len(frame), rows.count(), len(rows.take(3)))\n")
+    result = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert f"COUNTED {rows} {rows} 3" in result.stdout, result.stderr
+
+
 # RLlib
 
 
@@ -387,6 +402,31 @@ def test_rllib_learns_from_them(tmp_path, ray_session):
     algorithm.stop()
     learnt = result["learners"]["default_policy"]
     assert learnt["num_module_steps_trained"] >= 64 and np.isfinite(learnt["policy_loss"])
+
+
+def test_what_was_exported_for_rllib_is_no_parquet_to_import(counting, tmp_path):
+    with Dataset(counting) as dataset:
+        interchange.export_rllib(dataset, tmp_path / "out", "vector")
+    result = raywm("data", "import", tmp_path / "out", tmp_path / "back", "--format", "parquet")
+    said = " ".join(result.output.split())
+    assert (
+        result.exit_code == 2 and "expected episode_id" in said and "export the dataset with --format parquet" in said
+    )
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_damaged_block_is_told_once_however_many_episodes_it_has(counting, tmp_path):
+    with Dataset(counting) as dataset:
+        source = Source(iter(dataset), None, dataset.columns, dataset.codec)
+        write_dataset(source, tmp_path / "blocks")
+    (segment,) = (tmp_path / "blocks").glob("segment-*")
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 4
+    segment.write_bytes(data)
+    with Dataset(tmp_path / "blocks") as dataset, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert len(dataset) == 12 and not list(dataset)
+    assert ["no longer served" in str(warning.message) for warning in caught] == [True]
 
 
 # Minari

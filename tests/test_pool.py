@@ -1,9 +1,14 @@
 """The pool under death, hangs, errors and early closing, with real Ray actors."""
 
+import cProfile
 import itertools
 import os
+import pstats
 import signal
 import time
+from collections import deque
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +45,11 @@ class Worker:
         if x == "poison":
             os._exit(1)
         return x
+
+    def die_at_5(self, numbers, again=False):
+        if 5 in numbers:
+            os._exit(1)
+        return numbers, again
 
 
 class Broken:
@@ -84,16 +94,18 @@ def test_broadcasts_are_in_order_and_the_last_one_counts(ray_session):
         assert workers.broadcast("set_state", "old", 1) == 1
         assert workers.broadcast("set_state", "new", 2) == 2
         assert {v for _, v in workers.map("read", ((i, (i,)) for i in range(4)))} == {("new", 2)}
-        os.kill(workers.pids()[1], signal.SIGKILL)  # noticed only in the next map
+        os.kill(workers.ready().pids()[1], signal.SIGKILL)  # noticed only in the next map
         workers.broadcast("set_state", "newest", 3)
         assert {v for _, v in workers.map("read", ((i, (i,)) for i in range(4)))} == {("newest", 3)}
 
 
 def test_hanging_worker_is_replaced(ray_session, tmp_path):
-    with pool(timeout_s=1.0) as workers:
+    heard = []
+    with pool(timeout_s=1.0, on_death=lambda name, reason: heard.append(reason)) as workers:
         results = list(workers.map("hang_once", ((i, (i, str(tmp_path / "hung"))) for i in range(8))))
         assert sorted(results) == [(i, i) for i in range(8)]
         assert workers.deaths == 1
+        assert "in hang_once of unit 3: no answer within 1 s" in heard[0] and "GIL" in heard[0]
 
 
 def test_queueing_behind_a_slow_unit_is_no_timeout(ray_session):
@@ -120,7 +132,70 @@ def test_unit_that_kills_its_workers_is_named(ray_session):
     with pool() as workers:
         with pytest.raises(RuntimeError, match="'poison' has taken down 4 workers"):
             list(workers.map("die", [("good", ("good",)), ("poison", ("poison",))]))
-        assert workers.deaths == 4
+        assert workers.deaths in (4, 5)  # good's answer may be lost with the worker that poison, behind it, took down
+
+
+def test_a_unit_that_kills_its_workers_is_divided(ray_session):
+    seen = []
+
+    def divide(key, args, deaths, reason):
+        (numbers,) = args
+        seen.append((numbers, deaths))
+        assert "ActorDiedError" in reason
+        if len(numbers) == 1:
+            return [] if deaths == 2 else None
+        middle = len(numbers) // 2
+        return [(part[0], (part,)) for part in (numbers[:middle], numbers[middle:])]
+
+    units = [(n, (list(range(n, n + 8)),)) for n in (0, 8, 16)]
+    with pool() as workers:
+        results = dict(workers.map("die_at_5", units, again=(True,), divide=divide))
+        # every number but 5 once; parts are told that they are run again
+        assert sorted(n for numbers, _ in results.values() for n in numbers) == [n for n in range(24) if n != 5]
+        assert {key: again for key, (_, again) in results.items() if key < 8} == {0: True, 4: True, 6: True}
+        assert seen == [(list(range(8)), 1), ([4, 5, 6, 7], 1), ([4, 5], 1), ([5], 1), ([5], 2)]
+        assert workers.deaths == 5
+
+
+class Simulated(WorkerPool):
+    """A pool whose actors are in this process; the oldest call is answered whenever the driver waits."""
+
+    def _spawn(self, slot):
+        self.asked = getattr(self, "asked", deque())
+        slot.actor = SimpleNamespace(call=SimpleNamespace(remote=self._remote))
+        slot.started = slot.ready = True
+        self._place(slot)
+
+    def _remote(self, method, *args):
+        future = Future()
+        self.asked.append((future, args))
+        return SimpleNamespace(future=lambda: future)
+
+    def _pump(self):
+        future, args = self.asked.popleft()
+        future.set_result(args[0])
+        super()._pump()
+
+
+def calls_per_unit(workers, units=500):
+    """Python calls that a unit costs the driver."""
+    simulated = Simulated(Worker, (), workers)
+    results = simulated.map("work", ((i, (i,)) for i in itertools.count()))
+    assert next(results) == (0, 0)  # each has two now
+    assert len(simulated.asked) == 2 * workers
+    simulated._look_at = time.monotonic() + 600  # what is looked at by the clock is no cost of a unit
+    profile = cProfile.Profile()
+    profile.enable()
+    keys = [key for key, _ in itertools.islice(results, units)]
+    profile.disable()
+    assert keys == list(range(1, units + 1))
+    return pstats.Stats(profile).total_calls / units
+
+
+def test_a_units_cost_does_not_grow_with_the_workers():
+    few, many = calls_per_unit(10, 500), calls_per_unit(4000, 500)
+    assert many < 1.2 * few
+    assert few < 100
 
 
 def test_endless_units_closed_early(ray_session):

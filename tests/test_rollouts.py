@@ -4,13 +4,17 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from raywm.agent import RandomAgent
+from raywm.agent import Agent, RandomAgent
 from raywm.collect import Collector
 from raywm.config import CollectConfig, EnvConfig, ReplayConfig, parse
 from raywm.data.dataset import Dataset
@@ -104,6 +108,108 @@ def test_an_environment_that_stalls_costs_one_collector_and_one_episode(ray_sess
     with Dataset(tmp_path / "a") as data:
         assert len(data) == 30 - len(stalling)
         assert all("stalled" in info["broken"] for info in data.broken.values()) and len(data.broken) == len(stalling)
+
+
+def multiples(seed, numbers, every):
+    return [n for n in numbers if derive(seed, "collect", "env", n) % every == 0]
+
+
+def faulty(fault, every, **kwargs):
+    return EnvConfig(id="raywm/Faulty-v0", kwargs={"fault": fault, "at": 4, "every": every, **kwargs})
+
+
+def test_stalls_in_one_unit_of_work_do_not_add_up_to_an_error(ray_session, tmp_path):
+    seed, numbers = 5, range(60)
+    every = next(e for e in range(9, 20) if len(bad := multiples(seed, numbers, e)) == 5 and bad[3] > 40)
+    work = rollouts(faulty("stall", every), tmp_path / "a", seed=seed, workers=1, stall_s=0.5)
+    work._size = lambda left: 60
+    try:
+        played = sorted(work.collect(numbers, "collect"))
+        assert work.deaths == 5
+    finally:
+        work.close()
+    assert [n for n, steps, _ in played if not steps] == multiples(seed, numbers, every) and len(played) == 60
+
+
+def test_an_environment_that_takes_its_process_down_costs_its_episode(ray_session, tmp_path):
+    seed, numbers = 5, range(32)
+    every = next(e for e in range(9, 40) if len(multiples(seed, numbers, e)) == 1)
+    bad = multiples(seed, numbers, every)
+    work = rollouts(faulty("kill", every), tmp_path / "a", seed=seed)
+    work._size = lambda left: 8
+    try:
+        assert sorted(n for n, steps, _ in work.collect(numbers, "collect") if not steps) == bad
+        assert work.deaths in (
+            5,
+            6,
+        )  # with 8 episodes, 4, 2, and alone twice; or first behind a unit whose answer is lost
+        # when its return is wanted it is an error, which names it
+        with pytest.raises(ChildProcessError, match=f"play of unit {bad[0]} has taken down 4 workers"):
+            work.play(bad, "collect")
+    finally:
+        work.close()
+    with Dataset(tmp_path / "a") as data:
+        assert len(data) == 31 and data.verify()["ok"]
+        (info,) = data.broken.values()
+        assert info["number"] == bad[0] and "took 2 collectors down: ActorDiedError" in info["broken"]
+
+
+def test_an_environment_that_always_takes_its_process_down_is_an_error(ray_session, tmp_path):
+    work = rollouts(faulty("kill", 1), tmp_path / "a")
+    work._size = lambda left: 2
+    try:
+        with pytest.raises(ValueError, match=r"4 of \d episodes broke, the last of them \d.* took its collector down"):
+            list(work.collect(range(100), "collect"))
+    finally:
+        work.close()
+
+
+class Clumsy(Agent):
+    name = "clumsy"
+
+    def act(self, obs, state, is_first, rngs):
+        return {}["left"]
+
+
+class Unsendable(Agent):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+class Fifth(gym.Env):
+    """The fifth that is made in a process cannot be."""
+
+    observation_space, action_space, made = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2), itertools.count(1)
+
+    def __init__(self):
+        if next(self.made) == 5:
+            raise OSError("no licence is left")
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), 0.0, True, False, {}
+
+
+def test_agents_and_environments_that_raise_speak_in_one_line(ray_session, tmp_path):
+    work = rollouts(COUNTING, tmp_path / "a")
+    try:
+        work.set_agent(Clumsy())
+        match = "agent 'clumsy' failed in act, playing episodes .*KeyError: 'left'"
+        with pytest.raises(ValueError, match=match) as caught:
+            list(work.collect(range(8), "collect"))
+        assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match="agent 'agent' cannot be sent to the collectors: TypeError"):
+            work.set_agent(Unsendable())
+    finally:
+        work.close()
+    work = rollouts(EnvConfig(id="test_rollouts:Fifth"), tmp_path / "b", envs=5)
+    try:
+        with pytest.raises(ValueError, match="'test_rollouts:Fifth' cannot be made.* OSError: no licence is left"):
+            list(work.collect(range(8), "collect"))
+    finally:
+        work.close()
 
 
 def test_what_is_not_wanted_any_more_is_not_played_on(ray_session, tmp_path):
@@ -226,12 +332,7 @@ def test_a_damaged_dataset_is_repaired_at_resume(ray_session, tmp_path):
             check_counting(episode)
 
 
-def test_a_killed_collection_goes_on(tmp_path):
-    """kill -9 of the driver, twice, with its actors; then the rest, and every episode once."""
-    import subprocess
-    import sys
-
-    out = tmp_path / "data"
+def collecting(out, episodes):
     command = [
         sys.executable,
         "-m",
@@ -240,14 +341,48 @@ def test_a_killed_collection_goes_on(tmp_path):
         "raywm/Sleep-v0",
         "env.kwargs={seconds: 0.001, length: 40}",
     ]
-    command += ["collect.envs=4", "--episodes", "150", "--policy", "random", "--resume", "--out", str(out)]
+    return [
+        *command,
+        "collect.envs=4",
+        "--episodes",
+        str(episodes),
+        "--policy",
+        "random",
+        "--resume",
+        "--out",
+        str(out),
+    ]
+
+
+def wait_for_more(out):
+    before = sum(p.stat().st_size for p in out.glob("segment*")) if out.exists() else 0
+    for _ in range(300):
+        time.sleep(0.1)
+        if sum(p.stat().st_size for p in out.glob("segment*")) > before:
+            break
+
+
+def test_a_collection_that_is_told_to_stop_says_how_to_go_on(tmp_path):
+    """Ray has handlers of its own, which print stacks."""
+    out = tmp_path / "data"
+    process = subprocess.Popen(collecting(out, 100_000), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_more(out)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    (last,) = said.strip().splitlines()
+    assert last.startswith("stopped; continue with: raywm collect raywm/Sleep-v0") and last.endswith("--resume")
+    with Dataset(out) as data:
+        assert len(data)
+
+
+def test_a_killed_collection_goes_on(tmp_path):
+    """kill -9 of the driver, twice, with its actors; then the rest, and every episode once."""
+    out = tmp_path / "data"
+    command = collecting(out, 150)
     for _ in range(2):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = sum(p.stat().st_size for p in out.glob("segment*")) if out.exists() else 0
-        for _ in range(300):
-            time.sleep(0.1)
-            if sum(p.stat().st_size for p in out.glob("segment*")) > before:
-                break
+        wait_for_more(out)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
     done = subprocess.run([*command, "--json"], capture_output=True, text=True)
@@ -351,8 +486,16 @@ def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
     shards.close()
     shards = Shards(tmp_path, here.columns, here.codec, names)
     try:
-        restored = ShardedReplay(shards, until=json.loads(json.dumps(mark)))
+        restored = ShardedReplay(shards, until=json.loads(json.dumps(mark)), mode="prioritized")
+        batch = restored.sample(64, 4, rng)
+        ray_session.kill(shards.actors[0], no_restart=False)
         seen = {id for _ in range(20) for id in restored.sample(64, 4, rng).ids}
+        rows = restored._ask("mass")
+        restored.update(batch.keys, np.full(64, 9.0))  # of the shard that lives those count, of the other none
+        assert [was == now for was, now in zip(rows, restored._ask("mass"), strict=True)] == [True, False]
+        batch = restored.sample(64, 4, rng)
+        restored.update(batch.keys, np.full(64, 90.0))
+        assert restored._ask("mass")[0] != rows[0]
         assert len(seen) > 30 and not seen & set(later)
         restored.release()
         assert len({id for _ in range(20) for id in restored.sample(64, 4, rng).ids} & set(later)) > 10
@@ -379,3 +522,268 @@ def test_pieces_after_a_lost_beginning_are_left_out(tmp_path):
         store.mark(b.id, {"broken": "late"})  # of one that is complete: too late
         assert store.ids() == [b.id] and not store.broken
         assert store.add(a) == 1
+
+
+def shard_at(path, here, storage=None, **arguments):
+    from raywm.runtime.shard import ReplayShard
+
+    arguments = {"segment_bytes": 2**20, "capacity_bytes": None, "seal_s": 0.0} | arguments
+    return ReplayShard(str(path), storage and str(storage), columns_to_json(here.columns), here.codec, **arguments)
+
+
+def pieces(episode, size):
+    return [to_table(episode, at, at + size) for at in range(0, len(episode), size)]
+
+
+def test_two_lives_of_one_shard_lose_and_double_nothing(tmp_path):
+    """Its node is lost, it goes on elsewhere, and the node comes back: both wrote a segment 3, of other episodes."""
+    here = Collector(COUNTING, 0, 2)
+    episodes = list(here.collect(RandomAgent(here.codec), range(12)))
+    long = max(episodes[:4], key=len)
+    rest = [e for e in episodes if e is not long]
+    copies = tmp_path / "copies"
+    a = shard_at(tmp_path / "a", here, copies)
+    for episode in rest[:2]:
+        a.add(to_table(episode))
+        a.settle()
+    a.add(pieces(long, 3)[0])  # under way, and uploaded
+    a.settle()
+    a.add(to_table(rest[2]))  # not uploaded; the node is lost
+    a.add(pieces(long, 3)[1])
+    a._closed.set()
+    a.store.seal()
+    a.store._release()
+
+    b = shard_at(tmp_path / "b", here, copies)
+    assert [n for n, *_ in b.stored("collect", 0)] == sorted(int(e.id[-9:]) for e in rest[:2])
+    b.add(to_table(rest[3]))
+    b.add(to_table(rest[2]))  # played again, as nobody knew of it
+    for piece in pieces(long, 3)[1:]:  # its collector lives
+        b.add(piece)
+    b.settle()
+    b.add(to_table(rest[4]))
+    b.close()
+    numbers = [int(name[8:16]) for name in os.listdir(tmp_path / "a") if name.startswith("segment")]
+    assert set(numbers) & {int(name[8:16]) for name in os.listdir(copies) if name not in os.listdir(tmp_path / "a")}
+
+    for _ in range(2):  # the node is back; once more with what it has uploaded now
+        a = shard_at(tmp_path / "a", here, copies)
+        a.stored("collect", 0)
+        a.close()
+    for place in (tmp_path / "a", copies):
+        with Dataset(place) as data:
+            report = data.verify()
+            assert report["ok"] and report["incomplete"] == 0, report
+            expected = {e.id: e for e in [*rest[:5], long]}
+            assert data.ids() == sorted(expected)
+            for episode in data:
+                same(episode, expected[episode.id])
+    assert sorted(Mirror(str(copies)).names()) == sorted(n for n in os.listdir(tmp_path / "a") if "segment" in n)
+
+
+def test_what_another_life_left_unfinished_takes_nothing_away(tmp_path):
+    """A complete episode stays though another directory began it again, in other pieces, or marked it as broken."""
+    here = Collector(COUNTING, 0, 2)
+    whole, marked, *_ = here.collect(RandomAgent(here.codec), range(6))
+    for name, first in (("a", 4), ("b", 3)):
+        with EpisodeStore(tmp_path / name, here.columns, here.codec, segment_bytes=1) as store:
+            store.add(to_table(whole, 0, first))
+            if name == "a":
+                store.add(to_table(whole, first))
+                store.add(marked)
+            else:
+                store.mark(marked.id, {"broken": "here"})
+    for to, other in (("a", "b"), ("b", "a")):
+        both = tmp_path / f"both-{to}"
+        both.mkdir()
+        for path in [*(tmp_path / to).iterdir(), *(tmp_path / other).glob("segment*")]:
+            (both / path.name).write_bytes(path.read_bytes())
+        for read_only in (True, False):
+            with EpisodeStore(both, here.columns, here.codec, read_only=read_only) as store:
+                assert store.ids() == sorted([whole.id, marked.id]) and not store.broken
+                assert store.rows == len(whole) + len(marked) and store.verify()["incomplete"] == 0
+                same(store.get(whole.id), whole)
+
+
+def test_what_is_begun_again_while_a_segment_is_away_takes_nothing_away(tmp_path):
+    """It was damaged, say, and comes from the storage again when the same directory has begun its episodes anew."""
+    here = Collector(COUNTING, 0, 2)
+    whole, marked = here.collect(RandomAgent(here.codec), range(2))
+    with EpisodeStore(tmp_path / "a", here.columns, here.codec) as store:
+        store.add(join([whole, marked]))
+    (path,) = (tmp_path / "a").glob("segment*")
+    path.rename(tmp_path / "away")
+    with EpisodeStore(tmp_path / "a", here.columns, here.codec, after=1) as store:
+        store.add(to_table(whole, 0, 2))
+        store.mark(marked.id, {"broken": "here"})
+    (tmp_path / "away").rename(path)
+    with EpisodeStore(tmp_path / "a", read_only=True) as store:
+        assert store.ids() == sorted([whole.id, marked.id]) and not store.broken
+        same(store.get(whole.id), whole)
+
+
+def test_older_names_of_segments_are_read_and_gone_on_with(tmp_path):
+    here = Collector(COUNTING, 0, 2)
+    first, second, third = here.collect(RandomAgent(here.codec), range(3))
+    with EpisodeStore(tmp_path, here.columns, here.codec) as store:
+        store.add(first)
+        store.add(to_table(second, 0, 2))
+    (path,) = tmp_path.glob("segment*")
+    path.rename(tmp_path / "segment-00000001.arrows")
+    (tmp_path / ".lock").unlink()
+    with EpisodeStore(tmp_path, here.columns, here.codec) as store:
+        assert store.add(to_table(second, 2)) == store.add(third) == 1
+    with EpisodeStore(tmp_path, read_only=True) as store:
+        assert store.verify()["damaged"] == [] and len(store) == 3
+        for episode in (first, second, third):
+            same(store.get(episode.id), episode)
+
+
+def test_a_restarted_shard_knows_what_was_to_come_later(tmp_path):
+    from raywm.runtime.shard import NotOpenError
+
+    here = Collector(COUNTING, 0, 2)
+    episodes = list(here.collect(RandomAgent(here.codec), range(30)))
+    names = [{e.id for e in part} for part in (episodes[:10], episodes[10:20], episodes[20:])]
+    law, rng = (("mode", "prioritized"),), np.random.default_rng(0)
+
+    def seen(shard):
+        return set().union(
+            *(set(shard.sample(law, 64, 3, int(s), False, None)[1]) for s in rng.integers(2**31, size=8))
+        )
+
+    shard = shard_at(tmp_path, here)
+    shard.open_replay(law, 0)
+    for episode in episodes[:10]:
+        shard.add(to_table(episode))
+    mark = json.loads(json.dumps(shard.replay_mark(law)))
+    for episode in episodes[10:20]:
+        shard.add(to_table(episode))
+    shard.close()
+
+    shard = shard_at(tmp_path, here)  # a resumed run
+    aside = shard.open_replay(law, 0, mark)
+    assert set(aside) == names[1] and seen(shard) == names[0]
+    for episode in episodes[20:]:
+        shard.add(to_table(episode))
+    assert seen(shard) == names[0] | names[2]
+    old = shard.sample(law, 64, 3, 0, False, None)[2]
+    shard.close()
+
+    shard = shard_at(tmp_path, here)  # the actor alone was restarted
+    assert not shard.serves(law)
+    with pytest.raises(NotOpenError):
+        shard.mass(law)
+    shard.update(law, old, np.full(64, 50.0))  # on its way since before: there is nothing to give it to
+    assert set(shard.open_replay(law, 2, None, aside)) == names[1] and shard.serves(law)
+    assert seen(shard) == names[0] | names[2]
+    before = shard.mass(law)
+    shard.update(law, old, np.full(64, 50.0))  # these keys now name other rows
+    assert shard.mass(law) == before
+    shard.update(law, shard.sample(law, 64, 3, 0, False, None)[2], np.full(64, 50.0))
+    assert shard.mass(law) != before
+    shard.release(law)
+    assert seen(shard) & names[1]
+    shard.close()
+
+
+def test_collectors_do_not_wait_for_what_a_shard_fetches(tmp_path, monkeypatch):
+    """A shard begins again elsewhere, from a slow storage: it takes what comes at once, and has all in the end."""
+    import threading
+
+    here = Collector(COUNTING, 0, 2)
+    episodes = sorted(here.collect(RandomAgent(here.codec), range(12)), key=lambda e: e.id)
+    copies, go, plain = tmp_path / "copies", threading.Event(), Mirror._copy
+    a = shard_at(tmp_path / "a", here, copies, segment_bytes=1)
+    for episode in episodes[:8]:
+        a.add(to_table(episode))
+    a.close()
+
+    def slow(source, one, target, two):
+        if str(tmp_path / "b") in two:
+            assert go.wait(30)
+        plain(source, one, target, two)
+
+    monkeypatch.setattr(Mirror, "_copy", staticmethod(slow))
+    b = shard_at(tmp_path / "b", here, copies, segment_bytes=1, capacity_bytes=2**20)
+    law = (("mode", "steps"),)
+    for episode in episodes[8:]:
+        assert b.add(to_table(episode)) == 1
+    b.mark("collect-000000012", {"broken": "it raised"})
+    assert b.add(to_table(episodes[0])) == 1  # nobody knows yet that it is there
+    assert {n for n, *_ in b.which("collect", list(range(12)))} == {0, 8, 9, 10, 11}
+    b.open_replay(law, 0)
+    assert b.mass(law)[0] > 0 and b.stats()["episodes"] == 5
+    b._sync()  # what is not here yet was not evicted
+    assert len(Mirror(str(copies)).names()) == 8 + 6 and not (go.set() or b._failed)
+    assert [n for n, *_ in b.stored("collect", 0)] == [*range(13)]
+    assert not b.serves(law)  # told so, the learner opens it again
+    b.close()
+    numbers = [int(name[8:16]) for name in sorted(os.listdir(tmp_path / "b")) if name.startswith("segment")]
+    assert numbers == list(range(1, 15))
+    with Dataset(copies) as data:
+        assert data.verify()["ok"] and len(data) == 12
+        for episode in data:
+            check_counting(episode)
+
+
+def test_a_storage_that_cannot_be_fetched_speaks_up(tmp_path, monkeypatch):
+    from raywm.runtime import shard as shards
+
+    here = Collector(COUNTING, 0, 2)
+    one, two = here.collect(RandomAgent(here.codec), range(2))
+    a = shard_at(tmp_path / "a", here, tmp_path / "copies")
+    a.add(to_table(one))
+    a.close()
+    plain = Mirror._copy
+
+    def away(source, one, target, two):
+        raise OSError("the storage is away")
+
+    monkeypatch.setattr(Mirror, "_copy", staticmethod(away))
+    monkeypatch.setattr(shards, "TRIES", 1)
+    b = shard_at(tmp_path / "b", here, tmp_path / "copies")
+    assert b.add(to_table(two)) == 1
+    for _ in range(2):
+        with pytest.raises(OSError, match="the storage is away"):
+            b.stored("collect", 0)
+    monkeypatch.setattr(Mirror, "_copy", staticmethod(plain))
+    assert len(b.stored("collect", 0)) == 2
+    b.close()
+
+
+def test_a_segment_that_is_damaged_in_the_storage_too_is_not_fetched_for_ever(tmp_path):
+    here = Collector(COUNTING, 0, 2)
+    episodes = list(here.collect(RandomAgent(here.codec), range(4)))
+    a = shard_at(tmp_path / "a", here, tmp_path / "copies", segment_bytes=1)
+    for episode in episodes:
+        a.add(to_table(episode))
+    a.close()
+    victim = sorted((tmp_path / "copies").glob("segment*"))[1]
+    victim.write_bytes(victim.read_bytes()[:400])
+    b = shard_at(tmp_path / "b", here, tmp_path / "copies", segment_bytes=1)
+    with pytest.warns(UserWarning, match="set aside"):
+        assert len(b.stored("collect", 0)) == 3
+    assert b.add(to_table(episodes[1])) == 1 and len(b.stored("collect", 0)) == 4
+    b.close()
+
+
+def test_shards_have_names_of_their_own(ray_session, tmp_path):
+    """What another run left on a node in the same path is not taken for this one's; a run finds its own again."""
+    from raywm.runtime.shards import place
+
+    a, b = (place(tmp_path / name, True, str(tmp_path / f"copies-{name}")) for name in "ab")
+    assert len(a) == len(b) == 1 and a.keys() != b.keys() and next(iter(a)).startswith("shard-000-")
+    assert place(tmp_path / "a", True) == a
+    (tmp_path / "copies-a" / next(iter(a))).mkdir(parents=True)
+    assert place(tmp_path / "elsewhere", True, str(tmp_path / "copies-a")) == a
+
+
+def test_the_card_says_which_command_it_was(tmp_path):
+    out = tmp_path / "data"
+    for episodes, made_with in ((3, "the first"), (5, "the second"), (5, "")):
+        collect_dataset(
+            config(), str(out), episodes=episodes, policy="random", in_process=True, resume=True, made_with=made_with
+        )
+        with Dataset(out) as data:
+            assert data.info()["made_with"] == (made_with or "the second") and len(data) == episodes

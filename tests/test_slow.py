@@ -38,7 +38,7 @@ def test_any_number_of_workers(workers, reference, ray_session, tmp_path):
 def test_a_stalled_environment_costs_a_collector(ray_session, tmp_path):
     def config(fault):
         kwargs = {"fault": fault, "once": str(tmp_path / "once"), "seconds": 600}
-        return loop.tiny(env={"id": "raywm/Faulty-v0", "kwargs": kwargs}, collect={"timeout_s": 20.0})
+        return loop.tiny(env={"id": "raywm/Faulty-v0", "kwargs": kwargs}, collect={"timeout_s": 20.0, "stall_s": 10.0})
 
     summary = loop.run(config("stall"), tmp_path / "a", loop.on_ray())
     assert summary["worker_deaths"] == 1

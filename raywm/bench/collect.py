@@ -9,12 +9,12 @@ For each environment, in one run and in turns, with random actions and two proce
   What counts is what the shard has acknowledged and the driver has been told of;
 - raywm --fast: the same in the environment's native vector form, where it has one;
 - RLlib: two remote SingleAgentEnvRunners with two calls of half a second in flight each, whose samples travel into the
-  object store and no further; and with the default policy of its PPO.
+  object store and no further; and with the default policy of its PPO where that takes the observations (no images).
 
-All that are seeded play as many environments in a process: 8 where a step is cheap, else 1. Only one contender is at
-work at a time; what the processes of the others use meanwhile is measured, and said where it is not next to nothing.
-Rates on Ray are taken in the steady state, from answer to answer of each worker, so that units of work that are cut by
-the ends of a window do not blur them. A ratio is the median of the ratios of each turn.
+All that are seeded play as many environments in a process: 8, as a run does, or 1 where an episode takes seconds. Only
+one contender is at work at a time; what the processes of the others use meanwhile is measured, and said where it is not
+next to nothing. Rates on Ray are taken in the steady state, from answer to answer of each worker, so that units of work
+that are cut by the ends of a window do not blur them. A ratio is the median of the ratios of each turn.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ from raywm.loops.dataset import FAST_ENVS
 from raywm.runtime.cluster import connect
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.rollouts import Rollouts
-from raywm.spaces import ActionCodec
+from raywm.spaces import ActionCodec, is_image
 
 ENVIRONMENTS = ("CartPole-v1", "CarRacing-v3", "doom-take-cover-small")
 PROCESSES = 2
-CHEAP_RATE = 10_000.0  # steps/s of one process from which an environment is cheap: 8 of them are played at once
+ENVS = CollectConfig().envs
+SLOW_RATE = 500.0  # steps/s of one process below which a unit of so many episodes takes longer than a turn
 BUSY = 0.03  # of a core: what contenders that wait may use without being mentioned
 RAYWM, FAST, RLLIB = "raywm", "raywm --fast", "RLlib EnvRunners"
 POLICY = "RLlib EnvRunners, default policy"
@@ -161,8 +162,9 @@ class OnRay:
         made = make_env(env)
         columns, codec = columns_of(made), ActionCodec(made.action_space)
         made.close()
-        # the oldest is dropped: what is measured is collecting, not the size of this disk
-        replay, collect = ReplayConfig(capacity_mb=512), CollectConfig(workers=workers, envs=envs)
+        # The oldest is dropped: what is measured is collecting, not the size of this disk, nor what a virtual machine
+        # pays its host for memory that nobody has used before: so little is full once all is warm.
+        replay, collect = ReplayConfig(capacity_mb=128), CollectConfig(workers=workers, envs=envs)
         self.rollouts = Rollouts(env, collect, replay, 0, directory, columns, codec, say=lambda text: None)
         self.rollouts.set_agent(RandomAgent(codec))
         self.heard = listen(self.rollouts.pool.ready())
@@ -240,6 +242,9 @@ class RLlib:
                 episodes = self.sample(num_timesteps=steps, random_actions=random, force_reset=began)
                 return episodes, sum(len(episode) for episode in episodes)
 
+        probe = OneColumn(env.model_dump())
+        self.sees_images = is_image(columns_of(probe.env)[probe.name])
+        probe.close()
         config = PPOConfig().environment(OneColumn, env_config=env.model_dump()).framework("torch")
         config = config.env_runners(num_env_runners=PROCESSES, num_envs_per_env_runner=envs)
         remote: Any = ray.remote(num_cpus=1)(Runner)
@@ -298,11 +303,11 @@ class RLlib:
 
 
 def environments_at_once(env: EnvConfig) -> int:
-    """8 where a step is cheap, else 1."""
+    """As many as a run plays by default, or 1 where an episode takes seconds."""
     (work,) = wrapped_loop(env.model_dump(), 1).values()
     work()  # what is done once
     began = time.perf_counter()
-    return 8 if work() / (time.perf_counter() - began) >= CHEAP_RATE else 1
+    return ENVS if work() / (time.perf_counter() - began) >= SLOW_RATE else 1
 
 
 def is_plain(env: EnvConfig) -> bool:
@@ -334,7 +339,7 @@ def contenders(
     say(f"{env.id}: starting {RLLIB}")
     theirs = stack.enter_context(contextlib.closing(RLlib(env, envs)))
     made[RLLIB] = Part(theirs.random, theirs)
-    if envs > 1:
+    if envs > 1 and not theirs.sees_images:  # its default policy raises on uint8 images as they come
         made[POLICY] = Part(theirs.policy, theirs)
     return made
 

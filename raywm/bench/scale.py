@@ -15,10 +15,8 @@ import os
 import pickle
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +29,6 @@ from raywm.bench.collect import OnRay, rate, steps_of
 from raywm.bench.common import Say, cell, cpu_seconds, finish, machine, spread
 from raywm.config import EnvConfig
 from raywm.runtime.cluster import connect
-from raywm.runtime.pool import WorkerPool, _Call, _Slot
 
 COLLECTORS = (8, 16, 32)
 ENVS, SECONDS_A_STEP = 4, 0.0025
@@ -148,24 +145,11 @@ def per_unit(measured: Sequence[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def search_us(workers: int) -> float:
-    """Microseconds that a pool of so many workers, each with a unit, takes to find who gets the next one."""
-    slots = [_Slot(i, ready=True, calls=deque([_Call(None, "")])) for i in range(workers)]  # type: ignore[arg-type]
-    pool: Any = SimpleNamespace(_slots=slots, _inflight=2)
-    WorkerPool._free_slot(pool, False)
-    began, repeats = time.perf_counter(), max(10, 20_000 // workers)
-    for _ in range(repeats):
-        WorkerPool._free_slot(pool, False)
-    return 1e6 * (time.perf_counter() - began) / repeats
-
-
-def project(
-    measured: Sequence[dict[str, Any]], nodes: Sequence[int] = NODES, search: Callable[[int], float] = search_us
-) -> dict[str, Any]:
+def project(measured: Sequence[dict[str, Any]], nodes: Sequence[int] = NODES) -> dict[str, Any]:
     """What each process would see on `nodes` nodes, each of a shard and as many collectors as the most measured.
 
-    The driver's cost of a unit is the measured one and the `search` for a free worker, which grows with their number
-    (and is next to nothing in what was measured).
+    What a unit costs the driver does not depend on the number of workers (tests/test_pool.py), so it is what was
+    measured.
     """
     most, costs = max(measured, key=lambda m: m["collectors"]), per_unit(measured)
     collectors, units, per = most["collectors"], most["units_per_second"]["median"], most["stored"]  # of one node
@@ -178,21 +162,18 @@ def project(
         "collector_messages_per_second": 2 * (units + blocks) / collectors,
     }
     cluster = []
+    of_driver = units * costs["driver_ms_per_unit"] / 1e3  # cores for each node
     for count in nodes:
-        ms = costs["driver_ms_per_unit"] + search(count * collectors) / 1e3
         cluster.append(
             {
                 "nodes": count,
                 "driver_messages_per_second": 2 * units * count,
                 "driver_bytes_per_second": most["driver_bytes_per_second"]["median"] * count,
-                "driver_cores": costs["driver_cores_at_rest"] + units * count * ms / 1e3,
+                "driver_cores": costs["driver_cores_at_rest"] + of_driver * count,
                 "storage_bytes_per_second": node["shard_bytes_per_second"] * count,
             }
         )
-    # a n + b n^2 = what is left of a core, for n nodes; b from the longest search
-    a = units * costs["driver_ms_per_unit"] / 1e3
-    b = units * search(max(nodes) * collectors) / max(nodes) / 1e6
-    full = (math.sqrt(a * a + 4 * b * (1 - costs["driver_cores_at_rest"])) - a) / (2 * b)
+    full = (1 - costs["driver_cores_at_rest"]) / of_driver
     return {"costs": costs, "node": node, "cluster": cluster, "nodes_at_a_full_driver_core": full}
 
 

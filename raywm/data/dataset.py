@@ -2,7 +2,7 @@
 
 DATASET/dataset.json               the card: environment, spaces, policy, seed (``write_card``)
 DATASET/segment-*.arrows           episodes, either here
-DATASET/shard-000/segment-*.arrows     or in shards, one a node that collected
+DATASET/shard-*/segment-*.arrows   or in shards, one a node that collected
 RUN/spaces.json, RUN/episodes/...  the same inside a run's directory
 """
 
@@ -51,7 +51,7 @@ def write_card(
     """Write a dataset's card, dataset.json, atomically; returns it.
 
     columns, codec: the spaces, or None where they are not known. env: the environment's config. stream: what episode
-    ids begin with. envs: rows of the batch that the agent acted on. made_with: the command.
+    ids begin with. envs: rows of the batch that the agent acted on. made_with: the command, at a resume the last one.
     """
     spaces = None
     if columns is not None and codec is not None:

@@ -156,6 +156,12 @@ def _meta(path: Path) -> dict[str, Any]:
     raw = (pq.read_metadata(path).metadata or {}).get(META.encode())
     if raw is None:
         raise ValueError(f"{path} was not written by raywm data export (no {META!r} metadata); it cannot be imported")
+    names = pq.read_schema(path).names
+    if "episode_id" not in names:
+        raise ValueError(
+            f"{path} has columns {names}, expected episode_id, t, obs.*, ...: it was exported with --format rllib, "
+            "which leaves out what an episode needs; export the dataset with --format parquet"
+        )
     meta: dict[str, Any] = json.loads(raw)
     return meta
 

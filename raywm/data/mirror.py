@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from raywm.data.segment import NAME, sync_directory
+from raywm.data.segment import NAME, sealed_name, sync_directory
 
 ORIGIN = ".origin"
 
@@ -42,6 +42,13 @@ def claim(directory: Path, storage: str, adopt: bool = False) -> None:
     local.write_text(theirs)
 
 
+def folders(storage: str) -> list[str]:
+    """Names of the folders at a URI, sorted: a run's shards have one each."""
+    mirror = Mirror(storage)
+    infos = mirror.files.get_file_info(pafs.FileSelector(mirror.path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
+
+
 class Mirror:
     """The segments of one store at `uri`: a plain path, or anything ``pyarrow.fs.FileSystem.from_uri`` takes.
 
@@ -65,25 +72,31 @@ class Mirror:
         return {info.base_name: info.size for info in infos if NAME.fullmatch(info.base_name)}
 
     def restore(self, to: Path, capacity_bytes: int | None = None) -> list[str]:
-        """Fetch the segments that `to` lacks, the newest up to `capacity_bytes`; their names.
+        """Fetch the segments that `to` lacks (``lacking``); their names."""
+        fetched = self.lacking(to, capacity_bytes)
+        for name in fetched:
+            part = to / f"{name}.part"
+            self._copy(self.files, f"{self.path}/{name}", pafs.LocalFileSystem(), str(part))
+            os.replace(part, to / name)
+        if fetched:
+            sync_directory(to)
+        return fetched
 
-        A segment that `to` has, sealed or still open, is left as it is.
-        """
-        have = {match.group(1) for name in os.listdir(to) if (match := NAME.fullmatch(name))}
-        fetched, room = [], capacity_bytes
+    def lacking(self, directory: Path, capacity_bytes: int | None = None) -> list[str]:
+        """Segments there that a directory has neither sealed nor still open: of the newest, up to `capacity_bytes`."""
+        have = {sealed_name(name) for name in os.listdir(directory) if NAME.fullmatch(name)}
+        lacking, room = [], capacity_bytes
         for name, size in sorted(self.names().items(), reverse=True):
             room = None if room is None else room - size
             if room is not None and room < 0:
                 break
-            match = NAME.fullmatch(name)
-            if match and match.group(1) not in have:
-                part = to / f"{name}.part"
-                self._copy(self.files, f"{self.path}/{name}", pafs.LocalFileSystem(), str(part))
-                os.replace(part, to / name)
-                fetched.append(name)
-        if fetched:
-            sync_directory(to)
-        return fetched
+            if name not in have:
+                lacking.append(name)
+        return lacking
+
+    def newest(self) -> int:
+        """The highest number of a segment there, or 0."""
+        return max((int(match.group(1)) for name in self.names() if (match := NAME.fullmatch(name))), default=0)
 
     def upload(self, path: Path) -> None:
         """Copy one sealed segment there; readers see all of it or nothing."""

@@ -7,7 +7,7 @@ import os
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
@@ -25,7 +25,7 @@ from raywm.spaces import ActionCodec
 
 MODES = ("steps", "episodes", "recent", "prioritized")
 TAIL, OPEN = 64, 1024  # what a mark names: the last episodes that completed, and the newest that had not
-SHARD_BITS = 48  # a key's low bits are the row's, the others its shard's
+SHARD_BITS = 44  # a key's low bits are the row's, the others its replay's number
 SHARED_BYTES = 1 << 20  # from which it pays to wake another thread for half of the copying
 _HELPER = ThreadPoolExecutor(1, "raywm-replay-copy")
 
@@ -77,7 +77,9 @@ class Replay:
         include_incomplete: whether episodes can be sampled before their end has arrived.
         until: a ``mark`` from a checkpoint: of what the store holds now, what came later is set aside, and not sampled
             until ``release``. What arrives from now on is sampled.
-        shard: number of this replay among several, which its keys carry.
+        aside: instead of a mark, ids of episodes to be set aside: the ``aside`` of a replay that this one follows.
+        shard: number of this replay among several, which its keys carry, below 2**19. One that is made again should
+            have another: priorities that come for the keys of the one before are then passed over.
 
     Raises ValueError for arguments that make no sense. Safe to use from several threads.
     """
@@ -95,6 +97,7 @@ class Replay:
         beta: float = 0.4,
         include_incomplete: bool = True,
         until: Mapping[str, Any] | None = None,
+        aside: Iterable[str] = (),
         shard: int = 0,
     ):
         if mode not in MODES:
@@ -114,8 +117,10 @@ class Replay:
         self._tree = SumTree(4096) if mode == "prioritized" else None  # over the keys of _train, modulo its size
         self._top = 1.0  # the largest priority ** alpha so far
         self._open: dict[str, int] = {}  # rows of incomplete episodes, as they began
+        self._steps = 0  # transitions that have arrived
         self._tail: deque[str] = deque(maxlen=TAIL)  # the last that completed
-        self._aside: dict[str, list[tuple[int, int, bool]]] = {}  # pieces of what came after the mark
+        # pieces of what came after the mark
+        self._aside: dict[str, list[tuple[int, int, bool]]] = {id: [] for id in aside}
         self._backlog: list[tuple[str, int, bool]] | None = None  # what is there already, while a mark is looked up
         self._ahead = ReadAhead()
         with store.lock:
@@ -140,6 +145,7 @@ class Replay:
     def _note(self, id: str, rows: int, last: bool) -> int:
         """Keep the mark up to date. Returns the episode's rows by now."""
         whole = self._open.get(id, 0) + rows
+        self._steps += rows - (whole == rows)  # an episode's first row is none
         if last:
             self._open.pop(id, None)
             self._tail.append(id)
@@ -182,7 +188,21 @@ class Replay:
     def mark(self) -> dict[str, Any]:
         """JSON that tells what has arrived by now, for ``until`` when the store is opened again."""
         with self.store.lock:
-            return {"tail": list(self._tail), "open": dict(list(self._open.items())[-OPEN:])}
+            open_rows = dict(list(self._open.items())[-OPEN:])
+            return {"tail": list(self._tail), "open": open_rows, "steps": self._steps}
+
+    @property
+    def aside_steps(self) -> int:
+        """Transitions that are set aside as later than ``until``."""
+        with self.store.lock:
+            pieces = [piece for pieces in self._aside.values() for piece in pieces]
+            return sum(rows - (whole == rows) for rows, whole, _ in pieces)
+
+    @property
+    def aside(self) -> list[str]:
+        """Ids of the episodes that are set aside."""
+        with self.store.lock:
+            return list(self._aside)
 
     def _resume(self, until: Mapping[str, Any]) -> None:
         self._backlog = []

@@ -12,8 +12,10 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import pyarrow as pa
 from raywm.data.episode import from_columns
 
 END = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # Arrow's end of stream
-NAME = re.compile(r"segment-(\d{8})(\.open)?\.arrows")
+# Number, the lineage of the directory that wrote it (``raywm.data.lineage``; older ones have none), open or sealed.
+NAME = re.compile(r"segment-(\d{8})(?:-([0-9a-f]{8}))?(\.open)?\.arrows")
 HEADER, HEADER_CRC = b"raywm", b"raywm.crc"
 
 
@@ -81,9 +84,15 @@ class Segment:
     _start_crc: int = 0
     _header: tuple[int, dict[str, Any]] | None = None  # the last one read, by its offset
 
+    @property
+    def lineage(self) -> str:
+        """Of the directory that wrote it."""
+        match = NAME.fullmatch(self.path.name)
+        return match.group(2) or "" if match else ""
+
     @classmethod
-    def create(cls, directory: Path, number: int, schema: pa.Schema) -> Segment:
-        path = directory / f"segment-{number:08d}.open.arrows"
+    def create(cls, directory: Path, number: int, lineage: str, schema: pa.Schema) -> Segment:
+        path = directory / f"segment-{number:08d}-{lineage}.open.arrows"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         start = stream_start(schema)
         return cls(path, number, True, schema=schema, _fd=fd, _start=len(start), _start_crc=zlib.crc32(start))
@@ -158,18 +167,17 @@ class Segment:
     def append(self, table: pa.Table, meta: Mapping[str, Any]) -> list[Piece]:
         """Write one block (``to_block``). After an error (a full disk) the file is as it was before."""
         assert self._fd is not None and self.schema is not None
-        arrays = [column.combine_chunks() for column in table.columns]  # to_batches() of no rows gives no batch
+        # to_batches() of no rows gives no batch, and combine_chunks() copies even a single one
+        arrays = [c.chunk(0) if c.num_chunks == 1 else c.combine_chunks() for c in table.columns]
         batch = pa.RecordBatch.from_arrays(arrays, schema=self.schema)
         crc = columns_crc(from_columns(batch))
         head = json.dumps({"rows": batch.num_rows, "crc": crc, "start_crc": self._start_crc, **meta}).encode()
-        sink = pa.BufferOutputStream()
-        writer = pa.ipc.new_stream(sink, self.schema)
+        sink = _Parts()  # the columns go from the table's memory to the file
+        writer = pa.ipc.new_stream(pa.PythonFile(sink, "w"), self.schema)
         writer.write_batch(batch, custom_metadata={HEADER: head, HEADER_CRC: str(zlib.crc32(head)).encode()})
-        data = memoryview(sink.getvalue())
-        if self.end:
-            data = data[self._start :]  # the schema is there already
+        schema, message, size = sink.split(self._start)
         try:
-            write_all(self._fd, data, self.end)
+            write_all(self._fd, message if self.end else schema + message, self.end)
         except OSError as error:
             os.ftruncate(self._fd, self.end)
             why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
@@ -179,10 +187,10 @@ class Segment:
                 "there is room (free some, or set a smaller capacity)",
                 str(self.path),
             ) from error
-        if not self.end:
-            self.end, data = self._start, data[self._start :]
-        block = Block(self, self.end, len(data), batch.num_rows, crc, self._head(data, head), checked=True)
-        self.end += len(data)
+        self.end = self.end or self._start
+        start = memoryview(b"".join(part for part in message if isinstance(part, bytes)))  # of it; without columns
+        block = Block(self, self.end, size, batch.num_rows, crc, self._head(start, head), checked=True)
+        self.end += size
         return self._index(block, meta["pieces"])
 
     def save(self, path: Path) -> None:
@@ -204,14 +212,14 @@ class Segment:
         try:
             os.ftruncate(fd, self.end)
             try:
-                write_all(fd, memoryview(END), self.end)
+                write_all(fd, [END], self.end)
             except OSError:
                 os.ftruncate(fd, self.end)  # a full disk: a stream may end without its end mark
             os.fsync(fd)
         finally:
             os.close(fd)
             self._fd = None
-        sealed = self.path.with_name(f"segment-{self.number:08d}.arrows")
+        sealed = self.path.with_name(sealed_name(self.path.name))
         os.rename(self.path, sealed)
         sync_directory(sealed.parent)
         self.path, self.open = sealed, False
@@ -275,6 +283,11 @@ def _parse(head: bytes) -> dict[str, Any]:
     return header
 
 
+def sealed_name(name: str) -> str:
+    """What a segment's file is called once it is sealed."""
+    return name.replace(".open.", ".")
+
+
 def walk_pieces(segments: list[Segment]) -> Iterator[Piece]:
     for segment in segments:
         yield from segment.pieces
@@ -294,10 +307,41 @@ def stream_start(schema: pa.Schema) -> bytes:
     return sink.getvalue().to_pybytes()[: -len(END)]
 
 
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        written = os.pwrite(fd, data, offset)
-        data, offset = data[written:], offset + written
+class _Parts:
+    """A file for Arrow to write to that keeps what is written, without a copy."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.parts: list[Any] = []  # bytes, or buffers of a table
+
+    def write(self, part: Any) -> int:
+        self.parts.append(part)
+        return len(part)
+
+    def split(self, size: int) -> tuple[list[Any], list[Any], int]:
+        """The parts of the first `size` bytes, the others, and the bytes of those."""
+        ends = list(accumulate(map(len, self.parts)))
+        at = ends.index(size) + 1
+        return self.parts[:at], self.parts[at:], ends[-1] - size
+
+    def flush(self) -> None:
+        """Nothing to do; Arrow asks."""
+
+    def close(self) -> None:
+        """Nothing to do; Arrow asks."""
+
+
+def write_all(fd: int, parts: Sequence[Any], offset: int) -> None:
+    """Write buffers one after another."""
+    left = deque(memoryview(part).cast("B") for part in parts if len(part))
+    while left:
+        written = os.pwritev(fd, list(islice(left, 1000)), offset)  # systems take up to 1024 at once
+        offset += written
+        while left and written >= len(left[0]):
+            written -= len(left.popleft())
+        if written:
+            left[0] = left[0][written:]
 
 
 def sync_directory(path: Path) -> None:

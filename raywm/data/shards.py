@@ -37,5 +37,5 @@ def merge(batches: Sequence[Batch], out: Batch | None = None) -> Batch:
 
 
 def shards_of(keys: np.ndarray) -> np.ndarray:
-    """Which shard each key (N,) of a merged batch belongs to, for ``Replay.update``."""
+    """The number of the replay (``Replay(shard=...)``) that each key (N,) of a merged batch belongs to."""
     return keys >> SHARD_BITS

@@ -8,7 +8,6 @@ is the index and, of the one open segment, the pieces that were read.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import os
 import re
 import threading
@@ -36,14 +35,14 @@ from raywm.data.episode import (
     validate,
     validate_block,
 )
-from raywm.data.segment import NAME, DamagedError, Piece, Segment, walk_pieces
+from raywm.data.lineage import lineage, lock
+from raywm.data.segment import NAME, DamagedError, Piece, Segment, sealed_name, walk_pieces
 from raywm.data.snapshot import Snapshot, draw, gather
 from raywm.spaces import ActionCodec
 
 __all__ = ["DamagedError", "EpisodeStore", "Snapshot"]
 
 READ_TRIES = 50  # of opening what another process is writing
-LOCK_PATIENCE = 5.0  # seconds: a killed owner's lock goes with its process, which may take a moment
 
 
 @dataclass(eq=False, slots=True)
@@ -70,7 +69,8 @@ class EpisodeStore:
 
     `columns` and `codec`, where given, are what every episode is held against; `codec` is needed to make batches.
     `capacity_bytes`: whole sealed segments are evicted, oldest first, beyond it. `read_only` opens a directory that
-    another process may be writing, as it is now, and changes nothing in it.
+    another process may be writing, as it is now, and changes nothing in it. `after`: new segments get higher numbers,
+    those of a storage that are not here.
     """
 
     def __init__(
@@ -81,11 +81,12 @@ class EpisodeStore:
         segment_bytes: int = 64 * 2**20,
         capacity_bytes: int | None = None,
         read_only: bool = False,
+        after: int = 0,
     ):
         if segment_bytes < 1 or (capacity_bytes is not None and capacity_bytes < 1):
             raise ValueError(f"segment_bytes={segment_bytes}, capacity_bytes={capacity_bytes}: expected at least 1")
         self.path, self.columns, self.codec = Path(path), columns, codec
-        self.capacity_bytes, self.read_only = capacity_bytes, read_only
+        self.capacity_bytes, self.read_only, self.after = capacity_bytes, read_only, after
         # Eviction is by whole segments: a few of them must fit, or it would empty the store.
         self.segment_bytes = segment_bytes if capacity_bytes is None else min(segment_bytes, capacity_bytes // 4 + 1)
         self.set_aside: list[str] = []  # names of damaged files, of this opening
@@ -95,15 +96,20 @@ class EpisodeStore:
         self._complete = 0
         self._sorted: tuple[list[str], np.ndarray] | None = None  # complete ids and the running total of their rows
         self._marks: dict[str, Piece] = {}  # of broken episodes
+        self._said: set[str] = set()  # of damaged blocks: once each, though they have many episodes
         self._listeners: list[Listener] = []
-        self._dropped: set[str] = set()  # incomplete episodes whose first pieces were evicted
+        # Incomplete episodes whose first pieces are gone, for what comes of their rest. Not kept on disk: a restart
+        # takes the collectors of this process with it, and those of others are not `strict`.
+        self._dropped: set[str] = set()
         self._segments: list[Segment] = []
         self._schema: pa.Schema | None = None
         self._file_lock: int | None = None
+        self._lineage: str | None = None
         self._closed = False
         if not read_only:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._file_lock = _lock(self.path)
+            self._file_lock = lock(self.path)
+            self._lineage = lineage(self._file_lock)
         elif not self.path.is_dir():
             raise ValueError(f"there is no store at {self.path}, expected a directory; collect into it first")
         try:
@@ -150,8 +156,7 @@ class EpisodeStore:
                 self._segments.append(segment)
             else:
                 segment.close()
-        for piece in walk_pieces(self._segments):
-            self._index(piece)
+        self._arrange()
 
     def _recover(self, segment: Segment) -> Segment:
         """The open segment of a process that is no more: cut off what it did not finish writing, and seal it."""
@@ -187,7 +192,7 @@ class EpisodeStore:
         warnings.warn(f"{path} is damaged and set aside as {aside.name}: {error}{kept}", stacklevel=4)
         if rest is None:
             return None
-        sealed = path.with_name(f"segment-{rest.number:08d}.arrows")
+        sealed = path.with_name(sealed_name(path.name))
         os.replace(part, sealed)
         rest.close()
         return Segment.load(sealed, rest.number, False)
@@ -213,6 +218,39 @@ class EpisodeStore:
         self._schema = schema
 
     # The index
+
+    def _arrange(self) -> None:
+        """Index what was found. Each lineage tells its own story of an episode; one of them is served: the last one
+        that came to an end, else this directory's own, which alone can go on, else the last one."""
+        lineages: dict[str, list[Segment]] = {}
+        for segment in self._segments:
+            lineages.setdefault(segment.lineage, []).append(segment)
+        place = {segment: at for at, segment in enumerate(self._segments)}
+        best: dict[str, tuple[tuple, _Entry]] = {}
+
+        def offer(id: str, entry: _Entry) -> None:
+            segment = entry.pieces[-1].block.segment
+            rank = entry.complete, segment.lineage == self._lineage and not entry.complete, place[segment]
+            if id not in best or rank > best[id][0]:
+                best[id] = rank, entry
+
+        for segments in lineages.values():
+            for piece in walk_pieces(segments):
+                before = self._entries.get(piece.id)
+                if before is not None and before.complete and not piece.first_row:
+                    offer(piece.id, before)  # begun again by one who did not have it, and perhaps did not end it
+                self._index(piece)
+            if len(lineages) == 1 and not best:
+                return
+            for id, entry in self._entries.items():
+                offer(id, entry)
+            for id, mark in self._marks.items():
+                offer(id, _Entry([mark]))
+            self._entries, self._marks = {}, {}
+        self._entries = {id: entry for id, (_, entry) in best.items() if entry.rows}
+        self._marks = {id: entry.pieces[0] for id, (_, entry) in best.items() if not entry.rows}
+        whole = [entry.rows for entry in self._entries.values() if entry.complete]
+        self._complete, self.rows = len(whole), sum(whole)
 
     def _index(self, piece: Piece) -> None:
         if not piece.rows:  # what came of it before is void
@@ -247,6 +285,13 @@ class EpisodeStore:
             self._sorted = None
         for listener in self._listeners:
             listener.dropped(id)
+
+    def _lose(self, id: str) -> None:
+        """Forget what is evicted or damaged; what may still come of it has no beginning."""
+        entry = self._entries.get(id)
+        if entry is not None and not entry.complete:
+            self._dropped.add(id)
+        self._forget(id)
 
     def watch(self, listener: Listener) -> None:
         """Tell `listener` of every piece that comes, those that are here first, and of every episode that goes."""
@@ -342,7 +387,7 @@ class EpisodeStore:
         with self.lock:
             self._writable()
             validate_block(columns, meta["pieces"], self.columns, self.codec)
-            fresh = self._new(columns, meta["pieces"], strict)
+            fresh = self._ready(columns, meta["pieces"], strict)
             if not fresh:
                 return 0
             if len(fresh) < len(meta["pieces"]):
@@ -374,6 +419,25 @@ class EpisodeStore:
                 self._schema = _schema(self.columns, self.codec)
             columns = from_columns(self._schema.empty_table())
             self.add(to_block(columns, [piece_header(id, 0, 0, True, dict(info))]))
+
+    def _ready(self, columns: Mapping[str, np.ndarray], pieces: list[dict[str, Any]], strict: bool) -> list[int]:
+        """Which pieces of a block are to be stored, once those before them are where they can be gone on with."""
+        while True:
+            try:
+                fresh = self._new(columns, pieces, strict)
+                for head in (pieces[i] for i in fresh):
+                    if head["first_row"] and (entry := self._entries.get(head["id"])) is not None:
+                        self._take_over(head["id"], entry)
+                return fresh
+            except DamagedError:
+                continue  # what was stored of an episode, which is now forgotten: there is one less
+
+    def _take_over(self, id: str, entry: _Entry) -> None:
+        """Write what another lineage has of an episode again, as this one's, which is about to go on with it."""
+        if entry.pieces[-1].block.segment.lineage != self._lineage:
+            table = to_table(_join(self._views(id, complete=False)))
+            for new in self._open_segment().append(table.replace_schema_metadata(None), table_meta(table)):
+                self._index(new)
 
     def _new(self, columns: Mapping[str, np.ndarray], pieces: list[dict[str, Any]], strict: bool) -> list[int]:
         """Which pieces of a block are to be stored. Raises ValueError for one that leaves a gap."""
@@ -420,9 +484,10 @@ class EpisodeStore:
     def _open_segment(self) -> Segment:
         if self._segments and self._segments[-1].open:
             return self._segments[-1]
-        taken = [int(m.group(1)) for name in os.listdir(self.path) if (m := re.match(r"segment-(\d{8})\.", name))]
-        assert self._schema is not None
-        segment = Segment.create(self.path, max(taken, default=0) + 1, self._schema)
+        taken = [int(m.group(1)) for name in os.listdir(self.path) if (m := re.match(r"segment-(\d{8})", name))]
+        assert self._schema is not None and self._lineage is not None
+        number = max(self.after, *taken, 0) + 1
+        segment = Segment.create(self.path, number, self._lineage, self._schema)
         self._segments.append(segment)
         return segment
 
@@ -449,9 +514,7 @@ class EpisodeStore:
                     del self._marks[piece.id]
                 entry = self._entries.get(piece.id)
                 if entry is not None and piece in entry.pieces:
-                    if not entry.complete:
-                        self._dropped.add(piece.id)
-                    self._forget(piece.id)
+                    self._lose(piece.id)
             segment.close()
             segment.path.unlink(missing_ok=True)
 
@@ -486,8 +549,13 @@ class EpisodeStore:
                 raise
 
     def _damaged(self, id: str, error: Exception) -> None:
-        self._forget(id)  # so that it can be collected again
-        warnings.warn(f"{self.path}: episode {id!r} is damaged and no longer served: {error}", stacklevel=4)
+        self._lose(id)  # so that it can be collected again
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            warnings.warn(
+                f"{self.path}: episode {id!r}, and others of its block, are damaged and no longer served: {error}",
+                stacklevel=4,
+            )
 
     def _views(self, id: str, complete: bool = True) -> list[Episode]:
         """The pieces of an episode; infos only where the episode is complete."""
@@ -564,7 +632,7 @@ class EpisodeStore:
                         damaged.add(id)
                         files.add(piece.block.segment.path.name)
             for id in damaged:
-                self._forget(id)
+                self._lose(id)
             return {
                 "episodes": len(self),
                 "steps": self.steps,
@@ -608,26 +676,6 @@ class EpisodeStore:
         # Not sealed: the next opening recovers it. But the directory must not stay locked by what nobody holds.
         if not getattr(self, "_closed", True):
             self._release()
-
-
-def _lock(path: Path) -> int:
-    """The directory's lock, which the operating system takes back when the process dies."""
-    fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    patience = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError:
-            if time.monotonic() > patience:
-                os.close(fd)
-                raise ValueError(
-                    f"the store at {path} is being written by another process (or another EpisodeStore of this one); "
-                    "close that one, or open this one with read_only=True"
-                ) from None
-            time.sleep(0.05)
-        except OSError:
-            return fd  # a file system without locks: nothing to hold on to
 
 
 def _join(views: list[Episode]) -> Episode:

@@ -248,7 +248,17 @@ class Columns(gym.ObservationWrapper):
             columns[name] = self._image(columns[name])
         return columns
 
-    def _image(self, image: np.ndarray) -> np.ndarray:
+    def write(self, observation: Any, now: Mapping[str, np.ndarray], row: int) -> None:
+        """`columns` into row `row` of `now` {column: (rows, *)}, images resized in their place."""
+        for name, column in to_columns(self._raw, observation).items():
+            place = now[name][row]
+            if name in self._images:
+                column = self._image(column, place)
+            if column is not place:
+                place[...] = column
+
+    def _image(self, image: np.ndarray, place: np.ndarray | None = None) -> np.ndarray:
+        """`image` as it is stored, in `place` (which is returned) where OpenCV can write it there."""
         if self.crop:
             top, bottom, left, right = self.crop
             image = image[top : image.shape[0] - bottom, left : image.shape[1] - right]
@@ -256,7 +266,10 @@ class Columns(gym.ObservationWrapper):
             import cv2
 
             height, width = self.size
-            image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_AREA)
+            place = None if self.grayscale else place
+            image = cv2.resize(np.ascontiguousarray(image), (width, height), place, interpolation=cv2.INTER_AREA)
+            if image is place:
+                return image
             image = image.reshape(height, width, -1)  # cv2 drops a single channel
         if self.grayscale and image.shape[2] == 3:
             # ITU-R 601 luma in integers, so that every machine gives the same bytes

@@ -193,11 +193,13 @@ class DreamerLearner:
             return raw[-1].clamp(-1, 1) if acting.kind == "box" else raw[-1]
 
         dreamer = self.model if through else self.model.dreamer("bf16" if self.bf16 else "fp32")
-        with torch.set_grad_enabled(through):
+        if self.bf16 and not through:  # all in bf16 as it is: casts at every layer would cost as much as the products
+            start = {k: v.to(torch.bfloat16) for k, v in start.items()}
+        with torch.set_grad_enabled(through), self._autocast(through):
             dreamt = dream(model.of(dreamer), policy, start, d["horizon"], rng, states=False)
         features, action = dreamt.features[:-1].detach(), torch.stack(raw).detach()
-        logits = self.critic(dreamt.features.detach())  # (H+1, N, bins)
-        value = self.twohot.mean(self.critic(dreamt.features) if through else logits.detach())
+        log_p = self.critic(dreamt.features.detach()).log_softmax(-1)  # (H+1, N, bins)
+        value = self.twohot.mean(self.critic(dreamt.features)) if through else self.twohot.mean_of(log_p.detach().exp())
         live = self.discount * dreamt.cont.float()
         returns = lambda_return(dreamt.reward.float(), live, value[1:], d["lam"])
         weight = torch.cumprod(torch.cat([valid.float()[None], live[:-1]]), 0).detach()  # (H, N)
@@ -208,7 +210,7 @@ class DreamerLearner:
         else:
             advantage = (returns - value[:-1]) / self.percentiles.scale
             actor = -weight * (log_prob * advantage + d["entropy"] * entropy)
-        critic = weight * self.twohot.loss(logits[:-1], returns, self._slow_value(features))
+        critic = weight * self.twohot.loss(log_p[:-1], returns, self._slow_value(features))
         told = {
             "entropy": entropy.detach().mean(),
             "dream_reward": dreamt.reward.detach().mean(),
@@ -221,7 +223,7 @@ class DreamerLearner:
 
     def _replayed(self, batch: Batch, features: Tensor, boot: Tensor) -> Tensor:
         """The critic's loss on the replayed rows; its bootstrap is the dream's return from there (Nature 2025)."""
-        logits = self.critic(features)  # (B, T, bins)
+        log_p = self.critic(features[:, :-1]).log_softmax(-1)  # (B, T-1, bins)
         with torch.no_grad():
             live = self.discount * (~batch.is_terminal[:, 1:]).float()
             lam = self.config["lam"] * (~batch.is_last[:, 1:]).float()
@@ -229,7 +231,7 @@ class DreamerLearner:
             target = lambda_return(*to_time).transpose(0, 1)
             weight = (~batch.is_last[:, :-1] & batch.mask[:, :-1]).float()
             slow = self._slow_value(features[:, :-1])
-        return (weight * self.twohot.loss(logits[:, :-1], target, slow)).mean()
+        return (weight * self.twohot.loss(log_p, target, slow)).mean()
 
     def _slow_value(self, features: Tensor) -> Tensor:
         with torch.no_grad():
@@ -248,8 +250,8 @@ class DreamerLearner:
             torch._foreach_copy_(tensors(self._fast_actor), tensors(self.actor))
         return self._fast_actor
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and enabled)
 
     # ------------------------------------------------------------------------------------------------ what remains
 

@@ -29,6 +29,17 @@ class DreamerAgent(Agent):
         self.spec, self.version, self.greedy, self.codec = spec, version, greedy, spec["codec"]
         self.model = build_model(**spec["model"]).eval().requires_grad_(False)
         self.actor = Actor(self.model.feat_dim, self.model.act_dim, **spec["actor"]).eval().requires_grad_(False)
+        self._load(policy)
+
+    def renewed(self, policy: dict[str, torch.Tensor], version: int) -> DreamerAgent:
+        """An agent with other weights, at a fraction of the cost: they go into this one's modules, which then must not
+        act any more."""
+        agent = object.__new__(type(self))  # copy.copy would go through __reduce__ and build all anew
+        agent.__dict__ |= self.__dict__ | {"version": version}
+        agent._load(policy)
+        return agent
+
+    def _load(self, policy: dict[str, torch.Tensor]) -> None:
         for name, module in (("model", self.model), ("actor", self.actor)):
             weights = {k.removeprefix(f"{name}."): v for k, v in policy.items() if k.startswith(f"{name}.")}
             try:

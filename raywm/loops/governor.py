@@ -75,6 +75,12 @@ class TrainRatio:
             self._batch = max(self._batch, n)
             return self._may_replay(n)
 
+    def due(self, n: int) -> int:
+        """How many times n rows are due."""
+        with self._changed:
+            self._batch = max(self._batch, n)
+            return max(0, int(self._owed() // n))
+
     def wait_to_collect(self, timeout: float | None = None) -> bool:
         """Wait until steps may be collected; False if that took more than `timeout` seconds."""
         return self._wait("collect", self._may_collect, timeout)

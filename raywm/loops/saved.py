@@ -8,19 +8,24 @@ from typing import Any
 
 from raywm import checkpoint
 from raywm import config as configs
-from raywm.agent import LiveAgent
+from raywm.agent import Agent, LiveAgent
 from raywm.controllers import Controller, ControllerAgent
-from raywm.loops.parts import specification
+from raywm.learners.dreamer_agent import DreamerAgent
+from raywm.loops.parts import dreamer_specification, specification
 from raywm.models import build_model
 from raywm.spaces import ActionCodec, columns_from_json
 
 
-class Saved:
-    """A run from its directory; it may still be going on, or have been stopped anywhere.
+def open_run(run: str | Path) -> SavedRun:
+    """A run of any algorithm from its directory."""
+    algorithm = SavedRun(run).config.algorithm
+    return SavedDreamer(run) if algorithm == "dreamer" else Saved(run)
 
-    Attributes:
-        config, codec, columns, horizon; state: the last checkpoint's JSON; model, theta: the best ones by their trial
-        in reality, or the present ones before any trial. model is None before the first fit; `why` then says so.
+
+class SavedRun:
+    """What the directory of any run holds; it may still be going on, or have been stopped anywhere.
+
+    Attributes: config, codec, columns, horizon; state: the last checkpoint's JSON.
     Raises ValueError: not a run directory, or one that was stopped before it knew its spaces.
     """
 
@@ -38,9 +43,55 @@ class Saved:
         spaces = json.loads((self.path / "spaces.json").read_text())
         self.codec, self.columns = ActionCodec.from_json(spaces["action"]), columns_from_json(spaces["columns"])
         self.horizon: int = spaces["horizon"]
+        self.state: dict[str, Any] = {}
+
+    def agent(self) -> Agent:
+        """The trained agent; raises ValueError if there is none yet."""
+        raise NotImplementedError
+
+    def live(self) -> LiveAgent:
+        return LiveAgent(self.agent(), self.codec, self.columns, self.config.seed)
+
+
+class SavedDreamer(SavedRun):
+    """A Dreamer run: `policy` (tensors) and `version` (updates) of its agent, or `why` there is none yet."""
+
+    def __init__(self, run: str | Path):
+        super().__init__(run)
+        self.policy: dict[str, Any] = {}
+        self.why = f"{self.path} has no trained policy yet; continue the run with --resume"
+        try:
+            saved = checkpoint.load(self.path / "checkpoints", read_only=True)
+        except FileNotFoundError as error:
+            self.why = str(error)
+            return
+        self.state, self.policy = saved.state, saved.tensors.get("policy", {})
+
+    @property
+    def version(self) -> int:
+        return self.state.get("version", 0)
+
+    def agent(self) -> Agent:
+        """The greedy agent."""
+        if not self.policy:
+            raise ValueError(self.why)
+        spec = dreamer_specification(self.config, self.columns, self.codec)
+        return DreamerAgent(spec, self.policy, self.version, greedy=True)
+
+
+class Saved(SavedRun):
+    """A V-M-C run.
+
+    Attributes: model, theta: the best ones by their trial in reality, or the present ones before any trial. model is
+        None before the first fit; `why` then says so.
+    """
+
+    def __init__(self, run: str | Path):
+        super().__init__(run)
+        if self.config.algorithm != "vmc":
+            raise ValueError(f"{self.path} is a run of {self.config.algorithm}, expected one of vmc")
         self.spec = specification(self.config, self.columns, self.codec)
         self.controller = Controller(**self.spec["controller"])
-        self.state: dict[str, Any] = {}
         self.model: Any = None
         self.theta: Any = None
         self.why = ""
@@ -79,6 +130,3 @@ class Saved:
         if self.model is None:
             raise ValueError(self.why)
         return ControllerAgent(self.model, self.controller, self.codec, self.theta, version=self.iteration)
-
-    def live(self) -> LiveAgent:
-        return LiveAgent(self.agent(), self.codec, self.columns, self.config.seed)

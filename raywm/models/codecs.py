@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from raywm.models.heads import initialise, norm_mlp, symlog
 
 Columns = Mapping[str, tuple[tuple[int, ...], bool]]  # name -> (shape, is_image)
-MULTIPLES = (2, 3, 4, 4)  # channels of the convolutions, in units of `depth` (DreamerV3, Nature 2025)
+MULTIPLES = (1, 2, 4, 8)  # channels of the convolutions, in units of `depth`: each halves the image and doubles them
 LEAST_SIDE = 4  # of the last feature map
 
 
@@ -98,10 +98,9 @@ class Decoder(nn.Module):
             self.grids[name] = grid = (shape[0] >> halved, shape[1] >> halved, channels[0])
             self.first[name] = nn.Linear(features, _length(grid), bias=False)
             convs: list[nn.Module] = [ChannelNorm(channels[0])]
-            for a, b in zip(channels[:-1], channels[1:], strict=True):
-                last = b is channels[-1]
-                convs.append(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=last))
-                convs += [] if last else [ChannelNorm(b)]
+            for a, b in zip(channels[:-2], channels[1:-1], strict=True):
+                convs += [nn.ConvTranspose2d(a, b, 4, stride=2, padding=1, bias=False), ChannelNorm(b)]
+            convs.append(nn.ConvTranspose2d(channels[-2], channels[-1], 4, stride=2, padding=1))
             self.cnns[name] = nn.Sequential(*convs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         initialise(self)
 

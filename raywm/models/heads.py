@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,7 +59,8 @@ class Head(nn.Module):
 class TwoHot(nn.Module):
     """A number as a distribution over bins that lie evenly in symlog space (arXiv 2301.04104, section on the critic).
 
-    ``bins`` (K,) from -symexp(20) to symexp(20), symmetric, so that equal probabilities say exactly 0.
+    ``bins`` (K,) from 0 to symexp(20), and then the same with the other sign: halves that are subtracted before they
+    are weighted, so that their rounding cancels and even chances say exactly 0.
     """
 
     bins: Tensor
@@ -66,25 +69,33 @@ class TwoHot(nn.Module):
         super().__init__()
         if count % 2 == 0:
             raise ValueError(f"got {count} bins, expected an odd number: one of them is 0")
-        half = symexp(torch.linspace(-limit, 0, count // 2 + 1, dtype=torch.float64)).float()
-        self.register_buffer("bins", torch.cat([half, -half[:-1].flip(0)]), persistent=False)
+        self.middle = count // 2
+        half = symexp(torch.linspace(0, limit, self.middle + 1, dtype=torch.float64)).float()
+        self.register_buffer("bins", torch.cat([half, -half[1:]]), persistent=False)
 
     def mean(self, logits: Tensor) -> Tensor:
-        """(..., K) -> (...). Bins of opposite sign are added first: their rounding cancels, and even chances say 0."""
-        p, half = logits.softmax(-1), len(self.bins) // 2
-        return ((p[..., half + 1 :] - p[..., :half].flip(-1)) * self.bins[half + 1 :]).sum(-1)
+        """(..., K) -> (...)"""
+        return self.mean_of(logits.softmax(-1))
 
-    def loss(self, logits: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy (...) of logits (..., K) with the two bins around a target (...), by its nearness to each; the
-        sum over targets."""
-        total = len(targets) * logits.logsumexp(-1)
+    def mean_of(self, p: Tensor) -> Tensor:
+        """Probabilities (..., K) -> (...)"""
+        return (p[..., 1 : self.middle + 1] - p[..., self.middle + 1 :]) @ self.bins[1 : self.middle + 1]
+
+    def loss(self, log_p: Tensor, *targets: Tensor) -> Tensor:
+        """Cross-entropy (...) of log-probabilities (..., K) with the two bins around a target (...), by its nearness to
+        each; the sum over targets."""
+        total: Tensor | float = 0.0
+        sizes = self.bins[: self.middle + 1]
         for target in targets:
-            target = target.detach().float().clamp(self.bins[0], self.bins[-1]).contiguous()
-            above = torch.searchsorted(self.bins, target).clamp(1, len(self.bins) - 1)
-            low, high = self.bins[above - 1], self.bins[above]
-            share = (target - low) / (high - low)
-            at, weight = torch.stack([above - 1, above], -1), torch.stack([1 - share, share], -1)  # (..., 2)
-            total = total - (logits.gather(-1, at) * weight).sum(-1)
+            target = target.detach().float()
+            size = target.abs().clamp(max=sizes[-1])
+            above = torch.searchsorted(sizes, size.contiguous()).clamp(1, self.middle)
+            low, high = sizes[above - 1], sizes[above]
+            share = (size - low) / (high - low)
+            negative = (target < 0) * self.middle  # where the bins of that sign are
+            at = torch.stack([above - 1 + negative * (above > 1), above + negative], -1)  # (..., 2)
+            total = total - (log_p.gather(-1, at) * torch.stack([1 - share, share], -1)).sum(-1)
+        assert isinstance(total, Tensor)
         return total
 
 
@@ -94,11 +105,36 @@ def mixed_probs(logits: Tensor, unimix: float) -> Tensor:
     return p if unimix == 0 else (1 - unimix) * p + unimix / logits.shape[-1]
 
 
-def draw(probs: Tensor, uniform: Tensor) -> Tensor:
-    """One-hot samples of categoricals (..., K) by one uniform number (...) each: the inverse of the distribution."""
-    below = (probs.float().cumsum(-1) <= uniform.unsqueeze(-1)).sum(-1, keepdim=True)
-    below = below.clamp_(max=probs.shape[-1] - 1)  # (..., 1); rounding may leave the last sum below 1
-    return torch.zeros_like(probs).scatter_(-1, below, 1.0)
+def draw(probs: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One-hot samples of categoricals (..., K) by one uniform number (...) each: the inverse of the distribution.
+
+    With `unimix` as those of ``mixed_probs``: a number below it picks by its place there, others are stretched.
+    """
+    K = probs.shape[-1]
+    plain = ((uniform - unimix) / (1 - unimix) if unimix else uniform).contiguous()
+    below = torch.searchsorted(probs.float().cumsum(-1), plain.unsqueeze(-1), right=True).squeeze(-1)  # (...)
+    if unimix:
+        below = torch.where(uniform < unimix, (uniform * (K / unimix)).long(), below)
+    below = below.clamp_(max=K - 1).unsqueeze(-1)  # rounding may leave the last sum below 1
+    return torch.zeros(probs.shape, dtype=dtype, device=probs.device).scatter_(-1, below, 1.0)
+
+
+class StraightThrough(torch.autograd.Function):
+    """One-hot samples of logits (..., K) in `dtype`, whose gradients are those of their ``mixed_probs``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, uniform: Tensor, unimix: float, dtype: torch.dtype) -> Tensor:
+        probs = logits.softmax(-1)
+        ctx.save_for_backward(probs)
+        ctx.unimix = unimix
+        return draw(probs, uniform, unimix, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (probs,) = ctx.saved_tensors
+        scaled = probs * grad
+        scaled = torch.addcmul(scaled, probs, scaled.sum(-1, keepdim=True), value=-1)
+        return scaled.mul_(1 - ctx.unimix), None, None, None
 
 
 def categorical_kl(p: Tensor, q: Tensor) -> Tensor:

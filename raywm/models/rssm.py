@@ -19,16 +19,17 @@ from raywm.models.base import Fit, Noise, State, Step, WorldModel
 from raywm.models.codecs import Columns, Decoder, Encoder
 from raywm.models.heads import (
     Head,
+    StraightThrough,
     TwoHot,
     bernoulli_loss,
     categorical_kl,
-    draw,
     gaussian_kl,
     initialise,
     mixed_probs,
     norm_mlp,
     symexp,
 )
+from raywm.models.scan import ScanLinear, scanning
 
 if TYPE_CHECKING:
     from raywm.data.batch import Batch
@@ -69,14 +70,17 @@ class Categorical:
     def central(self, lead: tuple[int, ...]) -> Tensor:
         return torch.full((*lead, self.shape[0]), 0.5)
 
-    def stats(self, out: Tensor, temperature: float = 1.0) -> Stats:
+    def _logits(self, out: Tensor, temperature: float) -> Tensor:
         logits = out.float().unflatten(-1, self.shape)
-        return {"probs": mixed_probs(logits if temperature == 1 else logits / temperature, self.unimix)}
+        return logits if temperature == 1 else logits / temperature
 
-    def sample(self, stats: Stats, noise: Tensor) -> Tensor:
-        probs = stats["probs"]
-        one_hot = draw(probs.detach(), noise)
-        return (one_hot + (probs - probs.detach()) if probs.requires_grad else one_hot).flatten(-2)
+    def stats(self, out: Tensor) -> Stats:
+        return {"probs": mixed_probs(self._logits(out, 1.0), self.unimix)}
+
+    def sample(self, out: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """The network's outputs (..., S * K), uniform numbers (..., S) -> (..., S * K)"""
+        one_hot: Tensor = StraightThrough.apply(self._logits(out, temperature), noise, self.unimix, out.dtype)
+        return one_hot.flatten(-2)
 
     def kl(self, p: Stats, q: Stats) -> Tensor:
         return categorical_kl(p["probs"], q["probs"])
@@ -99,12 +103,14 @@ class Gaussian:
     def central(self, lead: tuple[int, ...]) -> Tensor:
         return torch.zeros(*lead, self.size)
 
-    def stats(self, out: Tensor, temperature: float = 1.0) -> Stats:
+    def stats(self, out: Tensor) -> Stats:
         mean, spread = out.float().chunk(2, -1)
-        return {"mean": mean, "std": (F.softplus(spread) + MIN_STD) * temperature**0.5}
+        return {"mean": mean, "std": F.softplus(spread) + MIN_STD}
 
-    def sample(self, stats: Stats, noise: Tensor) -> Tensor:
-        return stats["mean"] + stats["std"] * noise
+    def sample(self, out: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """The network's outputs (..., 2 * S), normal numbers (..., S) -> (..., S)"""
+        stats = self.stats(out)
+        return stats["mean"] + stats["std"] * temperature**0.5 * noise
 
     def kl(self, p: Stats, q: Stats) -> Tensor:
         return gaussian_kl(p["mean"], p["std"], q["mean"], q["std"])
@@ -119,9 +125,9 @@ class GRU(nn.Module):
     def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int):
         super().__init__()
         self.from_action = nn.Linear(act_dim, hidden, bias=False)
-        self.from_stoch = nn.Linear(stoch, hidden, bias=False)
+        self.from_stoch = ScanLinear(stoch, hidden)
         self.norm = nn.LayerNorm(hidden)
-        self.gates = nn.Linear(hidden + deter, 3 * deter, bias=False)
+        self.gates = ScanLinear(hidden + deter, 3 * deter)
         self.gates_norm = nn.LayerNorm(3 * deter)
         initialise(self)
 
@@ -142,11 +148,12 @@ class BlockGRU(nn.Module):
         if deter % blocks:
             raise ValueError(f"got rssm.deter={deter}, rssm.blocks={blocks}; expected blocks that divide deter")
         self.action_in = norm_mlp([act_dim, hidden])
-        self.stoch_in, self.deter_in = norm_mlp([stoch, hidden]), norm_mlp([deter, hidden])
-        self.dense = nn.Linear(3 * hidden, deter, bias=False)
-        self.block = BlockLinear(deter, deter, blocks)
+        self.stoch_in = nn.Sequential(ScanLinear(stoch, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.deter_in = nn.Sequential(ScanLinear(deter, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.dense = ScanLinear(3 * hidden, deter)
+        self.block = ScanLinear(deter, deter, blocks)
         self.norm = nn.LayerNorm(deter)
-        self.gates = BlockLinear(deter, deter, blocks, parts=3)
+        self.gates = ScanLinear(deter, deter, blocks, parts=3)
         initialise(self)
 
     def from_action(self, action: Tensor) -> Tensor:
@@ -157,23 +164,6 @@ class BlockGRU(nn.Module):
         inputs = torch.cat([self.deter_in(was), self.stoch_in(stoch), acted], -1)
         x = F.silu(self.norm(self.dense(inputs) + self.block(was)))
         return gated(deter, self.gates(x))
-
-
-class BlockLinear(nn.Module):
-    """(B, inputs) -> (B, parts * outputs) by a block-diagonal matrix; each of the `parts` has outputs of all blocks."""
-
-    def __init__(self, inputs: int, outputs: int, blocks: int, parts: int = 1):
-        super().__init__()
-        self.blocks, self.parts = blocks, parts
-        outputs *= parts
-        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
-        std = (2 / (inputs // blocks + outputs // blocks)) ** 0.5 / 0.87962566103423978
-        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (self.blocks, -1)).transpose(0, 1)  # (B, G*i) -> (G, B, i)
-        y = torch.bmm(x, self.weight.to(x.dtype)).unflatten(-1, (self.parts, -1))  # (G, B, P, o)
-        return y.permute(1, 2, 0, 3).flatten(1)  # -> (B, P*G*o)
 
 
 def gated(deter: Tensor, gates: Tensor) -> Tensor:
@@ -232,11 +222,11 @@ class RSSM(WorldModel):
         self.core = GRU(D, S, act_dim, H) if w["blocks"] == 1 else BlockGRU(D, S, act_dim, H, w["blocks"])
         self.prior = norm_mlp([D, *[H] * min(layers, 2)])
         self.prior_out = nn.Linear(H, self.latent.outputs)
-        self.post_deter = nn.Linear(D, H, bias=False)
+        self.post_deter = ScanLinear(D, H)
         self.post_tokens = nn.Linear(self.encoder.size, H, bias=False)
         self.post_norm = nn.LayerNorm(H)
-        self.post_out = nn.Linear(H, self.latent.outputs)
-        for part in (self.prior, self.prior_out, self.post_deter, self.post_tokens, self.post_out):
+        self.post_out = ScanLinear(H, self.latent.outputs, bias=True)
+        for part in (self.prior, self.prior_out, self.post_tokens):
             initialise(part)
         self.decoder = Decoder(columns, self.feat_dim, U, layers, w["depth"])
         self.twohot = TwoHot(bins)
@@ -274,7 +264,7 @@ class RSSM(WorldModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         deter = self.core(deter * keep, stoch * keep, acted)
         out = self.post_out(F.silu(self.post_norm(self.post_deter(deter.to(told.dtype)) + told)))
-        return deter, self.latent.sample(self.latent.stats(out), noise), out
+        return deter, self.latent.sample(out, noise), out
 
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
@@ -282,8 +272,8 @@ class RSSM(WorldModel):
         """A step of the dream; its outcomes follow from the features, of all steps at once."""
         action = action.to(self.post_norm.weight.dtype)
         deter = self.core(state["deter"], state["stoch"], self.core.from_action(action))
-        stats = self.latent.stats(self.prior_out(self.prior(deter)), temperature)
-        state = {"deter": deter, "stoch": self.latent.sample(stats, noise["stoch"]).to(deter.dtype)}
+        out = self.prior_out(self.prior(deter))
+        state = {"deter": deter, "stoch": self.latent.sample(out, noise["stoch"], temperature).to(deter.dtype)}
         return state, self.features(state), None
 
     def outcomes(self, features: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -339,11 +329,12 @@ class RSSM(WorldModel):
         state = self.initial(B) if start is None else start
         deter, stoch = state["deter"], state["stoch"]
         deters, stochs, outs = [], [], []
-        for step in zip(*(x.unbind(1) for x in (keep, acted, told, noise))):
-            deter, stoch, out = self._observed(deter, stoch, *step)
-            deters.append(deter)
-            stochs.append(stoch)
-            outs.append(out)
+        with scanning(self, told.dtype):
+            for step in zip(*(x.unbind(1) for x in (keep, acted, told, noise))):
+                deter, stoch, out = self._observed(deter, stoch, *step)
+                deters.append(deter)
+                stochs.append(stoch)
+                outs.append(out)
         states = {"deter": torch.stack(deters, 1), "stoch": torch.stack(stochs, 1)}  # T x (B, *) -> (B, T, *)
         return states, self.latent.stats(torch.stack(outs, 1))
 
@@ -364,7 +355,8 @@ class RSSM(WorldModel):
         dyn = self.latent.kl({k: v.detach() for k, v in post.items()}, prior)
         rep = self.latent.kl(post, {k: v.detach() for k, v in prior.items()})
         losses = {name: value.unflatten(0, (B, T)) for name, value in self._decoded(features, batch).items()}
-        losses["reward"] = self.twohot.loss(self.reward(features), batch.reward.flatten()).unflatten(0, (B, T))
+        reward = self.reward(features).log_softmax(-1)
+        losses["reward"] = self.twohot.loss(reward, batch.reward.flatten()).unflatten(0, (B, T))
         going = (~batch.is_terminal).float()
         losses["cont"] = bernoulli_loss(self.cont(features).view(B, T), going)
         losses["dyn"] = self.dyn_scale * dyn.clamp(min=self.free_nats)

@@ -7,7 +7,9 @@ import logging
 import math
 import os
 import platform
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -50,7 +52,7 @@ def connect(
             "can be written; log in there and use --address auto, or submit the command with ray job submit"
         )
     _check_reachable(address)
-    ray.init(address=address, runtime_env=_runtime_env(modules), log_to_driver=False, logging_level=logging.ERROR)
+    _init(address=address, runtime_env=_runtime_env(modules))
     try:
         resources = _check(needed_cpus, needed_gpus, f"the cluster at {address}")
         _check_versions()
@@ -83,12 +85,10 @@ def _start_local(needed_cpus: float, modules: Iterable[str]) -> None:
     before = dict(os.environ)
     os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)))
     try:
-        ray.init(
+        _init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(needed_cpus)),
             include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
             object_store_memory=OBJECT_STORE_BYTES,
         )
     finally:
@@ -96,6 +96,16 @@ def _start_local(needed_cpus: float, modules: Iterable[str]) -> None:
             os.environ.pop(key, None)
             if key in before:
                 os.environ[key] = before[key]
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, quiet, and without its handler of SIGTERM where this process has one of its own."""
+    own = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    finally:
+        if callable(own) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, own)
 
 
 def _module_path(name: str) -> Path:

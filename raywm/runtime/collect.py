@@ -80,7 +80,11 @@ def collect_dataset(
     place.open({**card, "spaces": spaces}, resume)
     if place.uri is not None:
         config = config.model_copy(update={"replay": config.replay.model_copy(update={"storage": place.uri})})
-    with _rollouts(config, place.directory, columns, codec, in_process, console, place.known) as rollouts:
+    modules = [module for module in [type(agent).__module__] if module.split(".")[0] not in ("raywm", "__main__")]
+    if ":" in config.env.id:
+        modules.append(config.env.id.split(":")[0])
+    where = columns, codec, in_process, console, place.known, modules
+    with _rollouts(config, place.directory, *where) as rollouts:
         place.write(columns, codec, card)
         if fixes is not None:
             fixes.append("what is collected is kept: mend it, and go on with --resume")
@@ -175,8 +179,10 @@ class _Place:
             return card
 
     def write(self, columns: dict[str, Any], codec: ActionCodec, card: dict[str, Any]) -> None:
-        """The card, before the first episode."""
+        """The card, before the first episode; at a resume, which command it was."""
         if self._card() is not None:
+            if card["made_with"]:
+                self._update(made_with=card["made_with"])
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         write_card(self.directory, columns, codec, **card)
@@ -188,7 +194,10 @@ class _Place:
 
     def count(self, episodes: int) -> None:
         """How many there are, in the card: what is lost from the end of a dataset leaves no gap."""
-        card = {**(self._card() or {}), "episodes": episodes}
+        self._update(episodes=episodes)
+
+    def _update(self, **changes: Any) -> None:
+        card = {**(self._card() or {}), **changes}
         if self.uri is None:
             atomic_write_json(self.directory / CARD, card)
         else:
@@ -204,7 +213,14 @@ class _Place:
 
 @contextlib.contextmanager
 def _rollouts(
-    config: RunConfig, directory: Path, columns: Any, codec: Any, in_process: bool, console: Console, adopt: bool
+    config: RunConfig,
+    directory: Path,
+    columns: Any,
+    codec: Any,
+    in_process: bool,
+    console: Console,
+    adopt: bool,
+    modules: list[str],
 ) -> Iterator[Any]:
     sections = config.env, config.collect, config.replay, config.seed, directory, columns, codec
     if in_process:
@@ -217,7 +233,6 @@ def _rollouts(
     from raywm.runtime.rollouts import Rollouts
 
     started = not ray.is_initialized()
-    modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
     connect(config.address, config.collect.workers, modules=modules, say=console.say)
     try:
         with contextlib.closing(

@@ -7,9 +7,11 @@ shared state (weights), and Ray's own retry of a lost call would run it before t
 from __future__ import annotations
 
 import os
+import queue
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,8 @@ from ray.exceptions import RayError, RayTaskError
 SAY_AFTER_S = 60.0  # silence after which the pool says what it waits for
 UNIT_DEATHS = 4  # workers that one unit of work may take down before it is the unit that is blamed
 START_FAILURES = 3  # consecutive failures to start one worker before the pool gives up, if no other worker is up
-POLL_S = 0.25  # how often timeouts are looked at while nothing completes
+POLL_S = 0.25  # how often all workers are looked at, for timeouts
+Part = tuple[Any, tuple]  # key and arguments of a unit of work
 
 
 class PoolError(ChildProcessError, RuntimeError):
@@ -56,13 +59,13 @@ class _Unit:
     key: Any
     args: tuple
     run: int  # which map it belongs to; results of an abandoned map are dropped
-    again: tuple = ()  # arguments to add once a worker has died with it
-    deaths: int = 0
+    suspect: bool = False  # it, or what it is a part of, was with a worker as that died
+    deaths: int = 0  # of workers that were at it
 
 
 @dataclass(eq=False)
 class _Call:
-    ref: ray.ObjectRef
+    future: Future
     what: str
     unit: _Unit | None = None  # None: start or broadcast
 
@@ -130,6 +133,15 @@ class WorkerPool:
         self._state: dict[str, list] = {}  # method -> arguments (references) of its last broadcast
         self._lost: deque[_Unit] = deque()  # units of dead workers, to be given out again
         self._done: deque[tuple[Any, Any]] = deque()
+        self._open = 0  # units of this map that have been given out and not yielded
+        self._again: tuple = ()
+        self._divide: Callable[[Any, tuple, int, str], Iterable[Part] | None] | None = None
+        # What a unit costs the driver does not grow with the workers: answers announce themselves, and those who can
+        # take one are kept by the number of their calls.
+        self._answered: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._free: list[OrderedDict[_Slot, None]] = [OrderedDict() for _ in range(inflight)]
+        self._down: list[_Slot] = []  # to be spawned again
+        self._look_at = 0.0
         self._run = 0
         self._heard = time.monotonic()
         self._closed = False
@@ -165,25 +177,32 @@ class WorkerPool:
                 slot.actor.tell.remote(method, *refs)
 
     def map(
-        self, method: str, units: Iterable[tuple[Any, tuple]], again: tuple = ()
+        self,
+        method: str,
+        units: Iterable[Part],
+        again: tuple = (),
+        divide: Callable[[Any, tuple, int, str], Iterable[Part] | None] | None = None,
     ) -> Generator[tuple[Any, Any], None, None]:
         """Run `method(*args)` for every (key, args) and yield (key, result) as they complete, each exactly once.
 
-        A unit that was with a worker as it died is run with the further arguments `again`.
+        A unit that was with a worker as it died is run with the further arguments `again`. Where a worker died while
+        it was at a unit, `divide(key, args, deaths, reason)`, called with how often that happened, may give what shall
+        be run in its place: smaller units, whose deaths are counted from none on; None: the same again.
 
         `units` may be lazy and endless: it is read only as workers become free. Closing the iterator abandons what is
         in flight; its results never reach a later map. What the worker's code raises is raised here as itself and is
-        not retried. Raises PoolError when one unit has taken down UNIT_DEATHS workers.
+        not retried. Raises PoolError when one undivided unit has taken down UNIT_DEATHS workers.
         """
         self._check_open()
         self._run += 1
         run = self._run
+        self._again, self._divide = tuple(again), divide
         self._lost.clear()
         self._done.clear()
         self._heard = time.monotonic()
         source = iter(units)
         more = True
-        open_units = 0
+        self._open = 0
         try:
             while True:
                 while (self._lost or more) and (slot := self._free_slot(alone=bool(self._lost))) is not None:
@@ -194,17 +213,17 @@ class WorkerPool:
                         if item is None:
                             more = False
                             break
-                        unit = _Unit(item[0], tuple(item[1]), run, tuple(again))
-                        open_units += 1
-                    self._submit(slot, method, unit.args + (unit.again if unit.deaths else ()), unit)
+                        unit = _Unit(item[0], tuple(item[1]), run)
+                        self._open += 1
+                    self._submit(slot, method, unit.args + (self._again if unit.suspect else ()), unit)
                 while self._done:
-                    open_units -= 1
+                    self._open -= 1
                     yield self._done.popleft()
                     if run != self._run:
                         raise RuntimeError(
                             f"pool {self.name!r}: a new map began before this one ended; close() or exhaust one first"
                         )
-                if not open_units and not more:
+                if not self._open and not more:
                     return
                 self._pump()
         finally:
@@ -237,7 +256,7 @@ class WorkerPool:
         for slot in self._slots:
             if slot.actor is not None and ray.is_initialized():
                 ray.kill(slot.actor)
-            slot.actor = None
+            slot.actor, slot.ready = None, False
             slot.calls.clear()
 
     def __enter__(self) -> WorkerPool:
@@ -257,47 +276,72 @@ class WorkerPool:
         actor = host.options(**self._options).remote(f"{self.name}-{slot.index}")
         slot.actor, slot.started, slot.ready, slot.pid = actor, False, False, None
         slot.born = slot.head_since = time.monotonic()
-        slot.calls.append(_Call(actor.start.remote(self._cls, self._args), "start"))
+        self._await(slot, actor.start.remote(self._cls, self._args), "start")
         for method, refs in self._state.items():
             self._submit(slot, method, refs)
 
     def _submit(self, slot: _Slot, method: str, args: Iterable, unit: _Unit | None = None) -> None:
         if not slot.calls:
             slot.head_since = time.monotonic()
-        slot.calls.append(_Call(slot.actor.call.remote(method, *args), method, unit))
+        self._await(slot, slot.actor.call.remote(method, *args), method, unit)
+
+    def _await(self, slot: _Slot, ref: ray.ObjectRef, what: str, unit: _Unit | None = None) -> None:
+        call = _Call(ref.future(), what, unit)
+        slot.calls.append(call)
+        self._place(slot)
+        call.future.add_done_callback(lambda _: self._answered.put(slot))  # on a thread of Ray's
+
+    def _place(self, slot: _Slot) -> None:
+        """Note whether, and after how many calls, a slot could begin another unit."""
+        for level in self._free:
+            level.pop(slot, None)
+        if slot.ready and len(slot.calls) < self._inflight:
+            if not any(c.unit is not None and c.unit.suspect for c in slot.calls):
+                self._free[len(slot.calls)][slot] = None
 
     def _free_slot(self, alone: bool) -> _Slot | None:
         """Where the next unit goes. One that was with a worker as it died runs `alone`: the next death tells."""
-        free = [s for s in self._slots if s.ready and not any(c.unit is not None and c.unit.deaths for c in s.calls)]
-        slot = min(free, key=lambda s: len(s.calls), default=None)
-        return slot if slot is not None and len(slot.calls) < (1 if alone else self._inflight) else None
+        for level in self._free[: 1 if alone else None]:
+            if level:
+                return next(iter(level))
+        return None
 
     def _pump(self) -> None:
         """One round: take in what is ready, replace what has died or hung; waits at most POLL_S."""
-        for slot in self._slots:
-            if slot.actor is None and time.monotonic() >= slot.retry_at:
+        if self._down:
+            due = [slot for slot in self._down if time.monotonic() >= slot.retry_at]
+            for slot in due:
+                self._down.remove(slot)
                 self._spawn(slot)
-        heads = {slot.calls[0].ref: slot for slot in self._slots if slot.calls}
-        if heads:
-            ready, _ = ray.wait(list(heads), num_returns=1, timeout=POLL_S)
-            if ready:
-                ready, _ = ray.wait(list(heads), num_returns=len(heads), timeout=0)
-            for ref in ready:
-                self._settle(heads[ref])
-        else:
-            time.sleep(POLL_S)
+        try:
+            self._take(self._answered.get(timeout=POLL_S))
+            while not self._answered.empty():
+                self._take(self._answered.get())
+        except queue.Empty:
+            pass
         now = time.monotonic()
-        for slot in self._slots:
-            if slot.calls and slot.started and self._timeout_s is not None:
-                if now - slot.head_since > self._timeout_s and not ray.wait([slot.calls[0].ref], timeout=0)[0]:
-                    self._bury(slot, f"no answer within {self._timeout_s:g} s")
-        self._watch(now)
+        if now >= self._look_at:  # not every time: this grows with the number of workers
+            self._look_at = now + POLL_S
+            for slot in self._slots:
+                if slot.calls and slot.started and self._timeout_s is not None:
+                    if now - slot.head_since > self._timeout_s and not slot.calls[0].future.done():
+                        self._bury(
+                            slot,
+                            f"no answer within {self._timeout_s:g} s: it hangs where Python cannot look (a call that "
+                            "holds the GIL), or its work takes longer (then raise timeout_s)",
+                        )
+            self._watch(now)
+
+    def _take(self, slot: _Slot) -> None:
+        """Take in the answers of a slot that has answered. (Or had: it may have been buried since.)"""
+        while slot.calls and slot.calls[0].future.done():
+            self._settle(slot)
 
     def _settle(self, slot: _Slot) -> None:
         """Take in the answer to a slot's head call."""
         call = slot.calls[0]
         try:
-            value = ray.get(call.ref)
+            value = call.future.result()
         except RayTaskError as error:
             cause = _cause(error)
             if not slot.started:
@@ -309,6 +353,7 @@ class WorkerPool:
                 return
             slot.calls.popleft()
             slot.head_since = self._heard = time.monotonic()
+            self._place(slot)
             if call.unit is None or call.unit.run == self._run:
                 raise cause from error
             return
@@ -322,6 +367,7 @@ class WorkerPool:
             slot.started, slot.pid = True, value
         if not slot.ready and all(c.unit is not None for c in slot.calls):
             slot.ready, slot.failures, slot.error = True, 0, None
+        self._place(slot)
         if call.unit is not None and call.unit.run == self._run:
             self._done.append((call.unit.key, value))
 
@@ -332,27 +378,40 @@ class WorkerPool:
             ray.kill(slot.actor)
         slot.actor, slot.started, slot.ready, slot.pid = None, False, False, None
         slot.calls.clear()
+        self._place(slot)
+        self._down.append(slot)
         slot.failures += not was_ready
         slot.retry_at = time.monotonic() + (0.0 if was_ready else min(2.0 ** (slot.failures - 1), 10.0))
         lost = [c.unit for c in calls if c.unit is not None and c.unit.run == self._run]
-        self._lost.extendleft(reversed(lost))
         self.deaths += 1
         doing = f" in {calls[0].what}" + (f" of unit {calls[0].unit.key!r}" if calls[0].unit else "") if calls else ""
-        reason = f"worker {slot.index} (pid {pid}) died{doing}: {reason}"
-        self._on_death(self.name, reason)
+        self._on_death(self.name, f"worker {slot.index} (pid {pid}) died{doing}: {reason}")
         for unit in lost:  # a quick unit's answer may be lost with the worker that the next one took down: all suspects
-            unit.deaths += 1
-            if unit.deaths >= UNIT_DEATHS:
-                raise PoolError(
-                    f"pool {self.name!r}: unit {unit.key!r} has taken down {UNIT_DEATHS} workers, "
-                    f"the last time: {reason}; look for a crash or for memory, or raise timeout_s={self._timeout_s}"
-                )
+            unit.suspect = True
+        if lost and lost[0] is calls[0].unit:
+            lost[:1] = self._accuse(lost[0], calls[0].what, reason)
+        self._lost.extendleft(reversed(lost))
         if slot.failures >= START_FAILURES:
             if slot.error is not None and not isinstance(slot.error, RayError):
                 raise slot.error
             if not any(s.ready for s in self._slots):  # else the others go on, and this one is tried again and again
                 what = f"worker {slot.index} failed {slot.failures} times to start"
-                raise PoolError(f"pool {self.name!r}: {what}: {reason}")
+                raise PoolError(f"pool {self.name!r}: {what}, the last time{doing}: {reason}")
+
+    def _accuse(self, unit: _Unit, method: str, reason: str) -> list[_Unit]:
+        """A worker died at a unit: what shall be run in its place."""
+        unit.deaths += 1
+        if unit.deaths >= UNIT_DEATHS:
+            raise PoolError(
+                f"pool {self.name!r}: {method} of unit {unit.key!r} has taken down {UNIT_DEATHS} workers, "
+                f"the last time by {reason}; look for a crash or for memory, or raise timeout_s={self._timeout_s}"
+            )
+        parts = None if self._divide is None else self._divide(unit.key, unit.args, unit.deaths, reason)
+        if parts is None:
+            return [unit]
+        found = [_Unit(key, tuple(args), unit.run, suspect=True) for key, args in parts]
+        self._open += len(found) - 1
+        return found
 
     def _watch(self, now: float) -> None:
         if not any(slot.ready for slot in self._slots) and all(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -14,18 +15,24 @@ from ray.exceptions import RayTaskError
 from raywm.checkpoint import atomic_write_json
 from raywm.data.batch import Batch
 from raywm.data.episode import Episode, from_block
+from raywm.data.mirror import folders
+from raywm.data.replay import SHARD_BITS
 from raywm.data.shards import allot, merge, shards_of
 from raywm.data.store import EpisodeStore
 from raywm.loops.parts import Played
-from raywm.runtime.shard import ReplayShard
+from raywm.runtime.shard import NotOpenError, ReplayShard
 from raywm.spaces import columns_to_json
 
+Answer = TypeVar("Answer")
 
-def place(directory: Path, on_nodes: bool) -> dict[str, str]:
+
+def place(directory: Path, on_nodes: bool, storage: str | None = None) -> dict[str, str]:
     """Which shards a run has, by the name of their directory, and the id of the node where each belongs.
 
     Either the embedded one, in `directory` itself on this node; or one on each node with CPUs. Those that an earlier
-    start of the run had stay, on the node that has their disk if it is still there: `directory`/shards.json knows.
+    start of the run had stay, on the node that has their disk if it is still there: `directory`/shards.json knows, or,
+    where it is gone, their names in the storage tell. Names end at random: what another run has left in this path on
+    some node is never taken for this one's.
     """
     here = ray.get_runtime_context().get_node_id()
     if not on_nodes:
@@ -34,6 +41,8 @@ def place(directory: Path, on_nodes: bool) -> dict[str, str]:
     free = sorted(nodes, key=lambda node: (node != here, node))
     record = directory / "shards.json"
     before: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
+    if not before and storage is not None:
+        before = dict.fromkeys((name for name in folders(storage) if name.startswith("shard-")), "")
     places: dict[str, str] = {}
     for name, address in before.items():
         places[name] = next((n for n in free if nodes[n] == address), "")
@@ -42,7 +51,7 @@ def place(directory: Path, on_nodes: bool) -> dict[str, str]:
         places[name] = list(nodes)[index % len(nodes)]
     for node in free:
         if node not in places.values():
-            places[f"shard-{len(places):03d}"] = node
+            places[f"shard-{len(places):03d}-{uuid.uuid4().hex[:8]}"] = node
     directory.mkdir(parents=True, exist_ok=True)
     atomic_write_json(record, {name: nodes[node] for name, node in places.items()})
     return places
@@ -116,7 +125,8 @@ class ShardedReplay:
     """Sequences from all shards of a run, as if they were one `Replay`; a source for `Prefetch`.
 
     Each shard draws and copies its part on its own node, as many sequences as its share of the rows (of the priorities,
-    of the episodes: of what the law counts), as they were when the batch before was drawn.
+    of the episodes: of what the law counts), as they were when the batch before was drawn. A shard that is restarted
+    has no priorities any more, and goes on keeping aside what was later than `until` when this was made.
 
     Args:
         shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, alpha, beta,
@@ -125,14 +135,37 @@ class ShardedReplay:
 
     def __init__(self, shards: Shards, until: Sequence[dict[str, Any]] | None = None, **law: Any):
         self.actors, self.law = shards.actors, tuple(sorted(law.items()))
-        marks: list[Any] = list(until or [])
-        marks += [None] * (len(self.actors) - len(marks))
-        opened = [a.open_replay.remote(self.law, i, m) for i, (a, m) in enumerate(zip(self.actors, marks))]
-        _get(opened)
+        count = len(self.actors)
+        self._until: list[Any] = [*(until or []), *[None] * count][:count]  # of each shard, for its first opening
+        self._aside: list[list[str]] = [[] for _ in range(count)]  # and for those after a restart
+        self._numbers = list(range(count))  # of their replays: modulo the number of shards, their places
         self._masses: dict[tuple[int, bool], list[tuple[int, float]]] = {}  # by T and held, with the last batch of such
+        self._open(range(count))
+
+    def _open(self, which: Iterable[int]) -> None:
+        asked = {
+            i: self.actors[i].open_replay.remote(self.law, self._numbers[i], self._until[i], self._aside[i])
+            for i in which
+        }
+        for i, aside in zip(asked, _get(list(asked.values()))):
+            self._until[i], self._aside[i] = None, self._aside[i] or aside
+
+    def _served(self, ask: Callable[[], Answer]) -> Answer:
+        """What shards answer, where it needs be after those that were restarted have been told again what to serve."""
+        while True:
+            try:
+                return ask()
+            except NotOpenError:
+                serve = _get([actor.serves.remote(self.law) for actor in self.actors])
+                again = [i for i, serves in enumerate(serve) if not serves]
+                count = len(self.actors)
+                for i in again:  # the keys of before must not name rows of the new one
+                    self._numbers[i] = (self._numbers[i] + count) % (count * (2 ** (63 - SHARD_BITS) // count))
+                self._masses.clear()
+                self._open(again)
 
     def _ask(self, method: str, *args: Any) -> list[Any]:
-        return _get([getattr(a, method).remote(self.law, i, *args) for i, a in enumerate(self.actors)])
+        return self._served(lambda: _get([getattr(a, method).remote(self.law, *args) for a in self.actors]))
 
     def __len__(self) -> int:
         """Rows that training draws from."""
@@ -143,17 +176,23 @@ class ShardedReplay:
         """JSON that tells what has arrived by now, for ``until``."""
         return self._ask("replay_mark")
 
+    @property
+    def aside_steps(self) -> int:
+        """Transitions that are set aside as later than ``until``."""
+        return sum(self._ask("aside_steps"))
+
     def release(self) -> None:
         """Let what was set aside as later than ``until`` be sampled."""
         self._ask("release")
+        self._aside = [[] for _ in self.actors]
 
     def sample(self, B: int, T: int, rng: np.random.Generator, out: Batch | None = None, held: bool = False) -> Batch:
         """B sequences of T rows, into `out`'s tensors where given. Raises ValueError where there is nothing to draw."""
         try:
-            return self._sample(B, T, rng, out, held)
+            return self._served(lambda: self._sample(B, T, rng, out, held))
         except ValueError:  # a shard that began again, or has evicted since, has less than it said
             self._masses.pop((T, held), None)
-            return self._sample(B, T, rng, out, held)
+            return self._served(lambda: self._sample(B, T, rng, out, held))
 
     def _sample(self, B: int, T: int, rng: np.random.Generator, out: Batch | None, held: bool) -> Batch:
         known = self._masses.get((T, held))
@@ -164,7 +203,7 @@ class ShardedReplay:
         density = sum(rows) / sum(masses) if dict(self.law).get("mode") == "prioritized" else None
         seeds = rng.integers(2**63, size=len(self.actors)).tolist()
         asked = {
-            i: actor.sample.remote(self.law, i, int(count), T, seed, held, density)
+            i: actor.sample.remote(self.law, int(count), T, seed, held, density)
             for i, (actor, count, seed) in enumerate(zip(self.actors, counts, seeds))
             if count
         }
@@ -176,10 +215,10 @@ class ShardedReplay:
 
     def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
         """Give the sequences of a batch their priorities (N,); returns at once. See `Replay.update`."""
+        at = shards_of(keys) % len(self.actors)
         for i, actor in enumerate(self.actors):
-            ours = shards_of(keys) == i
-            if ours.any():
-                actor.update.remote(self.law, i, keys[ours], priorities[ours])
+            if (ours := at == i).any():
+                actor.update.remote(self.law, keys[ours], priorities[ours])
 
 
 def _get(refs: Any) -> Any:
@@ -187,7 +226,7 @@ def _get(refs: Any) -> Any:
     try:
         return ray.get(refs)
     except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, (ValueError, OSError)) else error from None
+        raise error.cause if isinstance(error.cause, (ValueError, OSError, NotOpenError)) else error from None
 
 
 def read(actors: Sequence[Any], ids: Iterable[str], codec: Any) -> tuple[list[Episode], list[EpisodeStore]]:

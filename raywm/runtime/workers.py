@@ -82,6 +82,7 @@ class CollectWorker:
             for listed in ray.get([shard.which.remote(stream, list(numbers)) for shard in self.shards]):
                 out += listed
             done = {n for n, *_ in out}
+            out.sort(key=lambda p: p[1])  # what broke in one may be whole in another
             numbers, out = [n for n in numbers if n not in done], list({p[0]: p for p in out}.values())
         self._run = run
         if run <= self._cancelled:

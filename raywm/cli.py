@@ -279,6 +279,34 @@ def bench_dream(
         measure(seconds=seconds, as_json=as_json, out=out)
 
 
+@bench.command("dreamer")
+def bench_dreamer(
+    what: Annotated[str, typer.Option(metavar="vector|image|all", help="Observations.")] = "all",
+    gpu: Annotated[bool, typer.Option("--gpu", help="Instead: sizes 12M, 25M and 100M on a GPU.")] = False,
+    learn_rllib: Annotated[
+        float | None,
+        typer.Option(min=1, metavar="SECONDS", help="Instead: let RLlib's DreamerV3 learn CartPole-v1 for so long."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --learn-rllib.")] = 0,
+    seconds: TurnSecondsOption = 10.0,
+    turns: TurnsOption = 5,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Measure how long a Dreamer update takes.
+
+    Model, actor and critic on 16 sequences of 64 rows, against RLlib's DreamerV3 XS, known figures of others, and the
+    floor of the update's matrix products; and where its time goes.
+
+    \b
+    Example: raywm bench dreamer --what vector --out dreamer.json
+    """
+    with _errors():
+        from raywm.bench.dreamer import main as measure
+
+        measure(what, seconds, turns, gpu, learn_rllib, seed, as_json=as_json, out=out)
+
+
 @bench.command("collect")
 def bench_collect(
     environments: Annotated[

@@ -10,9 +10,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from raywm.bench import collect, common, dream, memory, replay, scale
+from raywm.bench import collect, common, dream, dreamer, flops, memory, replay, scale
 from raywm.bench.collect import FAST, FLOOR, PLAIN, POLICY, RAYWM, RLLIB, Heard
 from raywm.config import EnvConfig
 from raywm.data.episode import validate
@@ -207,3 +208,54 @@ def test_dream_still_measures(monkeypatch, capsys):
     result = dream.run(0.05)
     dream._show(result, shown)
     assert "fp32 floor" in capsys.readouterr().out and len(result["setups"]) == 2
+
+
+NANO = ["rssm.size=nano", "dreamer.precision=fp32", "dreamer.horizon=3"]
+
+
+def test_dreamer_measures_an_update_its_flops_and_where_its_time_goes():
+    works = dreamer.raywm_works("vector", NANO, (2, 8))
+    facts = works["facts"]()
+    assert works["update"]() == 1 and facts["losses"][0] != facts["losses"][1]
+    assert facts["flop"] > 2 * facts["parameters"] * 16 and 0 < facts["products_s"] < 60
+    for shares in facts["where"].values():
+        assert sum(shares.values()) == pytest.approx(1, abs=0.05) and min(shares.values()) >= 0
+    assert {"matrix products", "norms", "optimiser", "sampling"} <= set(facts["where"]["kinds"])
+    assert {"observe", "dream", "backward", "optimiser"} <= set(facts["where"]["phases"])
+
+
+def test_products_are_counted_by_their_shapes():
+    a, b = torch.randn(3, 5, requires_grad=True), torch.randn(5, 7)
+    with flops.Products() as products:
+        for _ in range(4):
+            (a @ b).sum().backward()
+    assert products.flop == 4 * (2 * 3 * 5 * 7) * 2  # forward, and backward for a alone
+    assert sorted(products.calls.values()) == [4, 4] and products.seconds() > 0
+
+
+def test_dreamer_is_no_smaller_than_rllibs():
+    for what, theirs in (("vector", 3_157_509), ("image", 8_260_388)):  # as test_dreamer_against_rllib counts them
+        learner, _ = dreamer.made(what, dreamer.LIKE_XS[what], (1, 2))
+        assert theirs <= dreamer.parameters(learner) < 1.02 * theirs
+
+
+@pytest.mark.slow  # six processes that import torch, one RLlib
+@pytest.mark.timeout(900)
+def test_dreamer_against_rllib(tmp_path, capsys):
+    result = common.finish(lambda say: dreamer.run(["vector"], 0.1, 2, say, shape=(2, 12)), dreamer._show)
+    said, found = capsys.readouterr().out, result["cases"]["vector"]
+    assert f"x {dreamer.RLLIB}" in said and "wanted 2.5" in said and "official JAX size1m, measured before" in said
+    assert "matrix products" in said
+    theirs = found["contenders"][dreamer.RLLIB]
+    assert theirs["parameters"] == 3_157_509 and theirs["losses"][0] != theirs["losses"][1]
+    assert set(found["ratios"]) == set(found["contenders"]) - {dreamer.RLLIB}
+    assert all(is_spread(one["update_s"]) and 0 < one["floor_share"]["median"] for one in found["contenders"].values())
+    assert json.dumps(result)
+
+
+def test_dreamer_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="vector, image or all"):
+        dreamer.main(what="sound")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU"):
+            dreamer.main(gpu=True)

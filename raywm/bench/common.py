@@ -110,6 +110,11 @@ class Group:
             pipe.send((name, seconds))
         return sum(pipe.recv() for pipe in self.pipes)
 
+    def ask(self, name: str) -> Any:
+        """What work `name` returns in the first process."""
+        self.pipes[0].send((name, None))
+        return self.pipes[0].recv()
+
     def stop(self) -> None:
         for pipe in self.pipes:
             pipe.send(None)
@@ -118,13 +123,16 @@ class Group:
 
 
 def _serve(pipe: Connection, make: Callable[..., dict[str, Work]], arguments: Sequence[Any]) -> None:
-    """A contender's process: told a name and seconds, answers with amount of work a second."""
+    """A contender's process: told a name and seconds, answers with amount of work a second; with what it is without."""
     works = make(*arguments)
     for work in works.values():
         work()
     pipe.send("ready")
     while (order := pipe.recv()) is not None:
         name, seconds = order
+        if seconds is None:
+            pipe.send(works[name]())
+            continue
         done, start = 0.0, time.perf_counter()
         while (spent := time.perf_counter() - start) < seconds or not done:
             done += works[name]()

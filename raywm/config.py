@@ -247,7 +247,6 @@ class DreamerConfig(Section):
     agc: NonNegative = Field(0.3, description="A tensor's gradient is at most this share of its norm; 0: unbounded.")
     accumulate: Count = Field(1, description="Parts that a batch is worked through in, for models that need memory.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of matrix products; auto: the fastest.")
-    compile: bool = Field(False, description="torch.compile; on a GPU with CUDA graphs. Minutes once, faster after.")
     learners: Count = Field(1, description="Learner actors, which share each batch.")
     num_gpus: NonNegative = Field(0.0, description="GPUs that a learner actor reserves.")
     threads: Natural = Field(0, description="CPU threads of a learner; 0 takes all cores.")

@@ -39,16 +39,21 @@ def dream(
     `states=False` leaves them out of what is returned, for learners that look at features only."""
     state = start
     batch = next(iter(start.values())).shape[0]
-    kept, features, actions, told = [state], [model.features(state)], [], []
-    for t in range(horizon):
+    now = model.features(state)
+    # with gradients a list, stacked in the end; without, each step is put in its place while it is in the caches
+    place = None if torch.is_grad_enabled() else now.new_empty(horizon + 1, *now.shape)
+    kept, features, actions, told = [state], [], [], []
+    for t in range(horizon + 1):
+        features.append(now if place is None else place[t].copy_(now))
+        if t == horizon:
+            break
         action = policy(features[-1], t)
         state, now, said = model.advance(state, action, model.noise(batch, rng), temperature)
         if states:
             kept.append(state)
-        features.append(now)
         actions.append(action)
         told.append(said)
-    stacked = torch.stack(features)  # (H+1, B, F)
+    stacked = torch.stack(features) if place is None else place  # (H+1, B, F)
     whole = None if told[0] is None else torch.stack(told)  # type: ignore[arg-type]
     reward, cont = model.outcomes(stacked[1:], whole)
     leaves = {k: torch.stack([s[k] for s in kept]) for k in start} if states else {}

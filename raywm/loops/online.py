@@ -29,7 +29,8 @@ from raywm.loops.online_figures import Figures
 from raywm.loops.online_work import KEEP, Answer, OnlineParts
 
 ORDER_S = 0.4  # of work in an order, at most: the driver's share is small, and weights are never much older
-AHEAD = 0.005  # share of the run's steps that may be waiting to be replayed, and again as much under way
+AHEAD = 0.005  # share of the steps so far that may be waiting to be replayed, and again as much under way
+LEAST_AHEAD = 32  # steps
 POLL_S = 0.25
 REPORT_S = 10.0
 SAY_AFTER_S = 60.0
@@ -70,9 +71,8 @@ class Online:
         online, workers = config.online, sum(post.kind == "collect" for post in executor.posts)
         budget = config.budget.real_steps
         self.limit = online.steps if budget is None else min(online.steps, budget)
-        self.ahead = max(AHEAD * self.limit, self.rows / online.train_ratio)
-        self.share = self.ahead / workers  # of one collector
-        self.governor = TrainRatio(online.train_ratio, round(self.ahead), self.warmup(1), log.say)
+        self.workers = workers
+        self.governor = TrainRatio(online.train_ratio, 0, self.warmup(1), log.say)
         self.seats = {post.name: Seat() for post in executor.posts}
         self.weights: Weights | None = None
         self.evaluated: Weights | None = None  # by the evaluation under way, or the last one
@@ -154,6 +154,11 @@ class Online:
     def collected(self) -> int:
         return int(self.governor.state()["collected"])
 
+    def _ahead(self) -> float:
+        """Steps that may be waiting to be replayed: few in the beginning, so that a run that ends early has its ratio."""
+        done = self.collected - self.governor.warmup
+        return max(AHEAD * done, -done, LEAST_AHEAD, self.rows / self.config.online.train_ratio)
+
     @property
     def under_way(self) -> int:
         """Steps, at most."""
@@ -187,6 +192,7 @@ class Online:
         """Steps, with the newest weights, if that keeps the train ratio and the weights are not too old."""
         if self.final:
             return self._order_evaluate(post)
+        self.governor.slack = round(self._ahead())
         steps, envs = self._steps(), self.config.collect.envs
         if steps < 1 or not self.running or not self.governor.may_collect():
             return
@@ -205,7 +211,7 @@ class Online:
         online, envs, pace = self.config.online, self.config.collect.envs, self.pace["advance"]
         # while they are taken the learner may do as many updates as a quarter of the staleness bound
         seconds = min(ORDER_S, online.staleness / 4 * self.pace["update"] or ORDER_S)
-        steps = min(online.unit, int(self.share / envs), int(seconds / pace) if pace else 1)
+        steps = min(online.unit, int(self._ahead() / self.workers / envs), int(seconds / pace) if pace else 1)
         return min(max(steps, 1), (self.limit - self.collected - self.under_way) // envs)
 
     def _order_evaluate(self, post: Any) -> None:

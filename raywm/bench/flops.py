@@ -140,7 +140,7 @@ def _kind(name: str, above: list[str]) -> str:
 def _ranges(learner: Any) -> Iterator[None]:
     """Names for the parts of an update in a profile."""
     from raywm.learners import dreamer
-    from raywm.models import rssm
+    from raywm.models import heads
 
     def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def ranged(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ def _ranges(learner: Any) -> Iterator[None]:
             (learner.model, "observe", "observe"),
             (learner.optimiser, "step", OPTIMISER),
             (dreamer, "dream", "dream"),
-            (rssm, "draw", SAMPLING),
+            (heads, "draw", SAMPLING),
         ):
             patch = mock.patch.object(owner, attribute, named(name, getattr(owner, attribute)))
             stack.enter_context(patch)

@@ -16,7 +16,7 @@ from raywm.report import page, plots
 from raywm.report.dreamer_measure import AHEAD, CONTEXT
 from raywm.report.dreamer_videos import difference, write_dreamer_videos
 from raywm.report.load import DreamerRun
-from raywm.report.page import clock, grid, missing, number, say, signed
+from raywm.report.page import clock, grid, missing, number, say
 from raywm.report.videos import varying
 
 DREAMS = 128
@@ -71,6 +71,15 @@ def compared(run: DreamerRun) -> tuple[measure.Dreams, measure.Dreams]:
 # ------------------------------------------------------------------------------------------------ the top of the page
 
 
+def amount(value: float | None) -> str:
+    """A return: small ones with two digits."""
+    return number(value, 2 if value is not None and abs(value) < 10 else 1)
+
+
+def signed(value: float | None) -> str:
+    return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "") + amount(abs(value))
+
+
 def header(run: DreamerRun) -> str:
     summary, state, trials = run.summary or {}, run.state, run.kind("trial")
     finished = bool(summary) and state.get("phase", "done") == "done"
@@ -97,13 +106,13 @@ def header(run: DreamerRun) -> str:
     tiles = [
         (
             "real return",
-            number(real) + (f" ± {number(spread)}" if spread is not None else ""),
+            amount(real) + (f" ± {amount(spread)}" if spread is not None else ""),
             note if real is not None else "no trial yet",
             "real",
         ),
-        ("random policy", number(random), f"the first episodes, {run.config.collect.policy} actions", ""),
-        ("dream return", number(imagined), f"{DREAMS} dreams of the agent, {steps}", "dream"),
-        ("dream gap", signed(distance), f"to {number(played)} in new episodes, {steps}", ""),
+        ("random policy", amount(random), f"the first episodes, {run.config.collect.policy} actions", ""),
+        ("dream return", amount(imagined), f"{DREAMS} dreams of the agent, {steps}", "dream"),
+        ("dream gap", signed(distance), f"to {amount(played)} in new episodes, {steps}", ""),
         ("real steps", number(summary.get("real_env_steps", last.get("real_env_steps"))), "that trained anything", ""),
         ("updates", number(summary.get("updates", state.get("updates"))), "of model, actor and critic", ""),
         ("train ratio", number(summary.get("train_ratio")), f"set: {run.config.online.train_ratio:g}", ""),
@@ -120,12 +129,13 @@ def header(run: DreamerRun) -> str:
     if played is None or imagined is None or distance is None:
         lines.append("Dream: no gap measured; the section on it says why.")
     else:
-        scale = max(abs(played), abs(played - random) if random is not None else 0.0, 1e-9)
+        assert here is not None
+        scale = max(abs(played), abs(played - random) if random is not None else 0.0, float(here.returns.std()), 1e-9)
         lines.append(
-            f"Dream: {steps} the agent gets {number(imagined, 2)} in its dream and {number(played, 2)} in reality. "
+            f"Dream: {steps} the agent gets {amount(imagined)} in its dream and {amount(played)} in reality. "
             + page.words(distance / scale, "The dream", "")
         )
-    if run.tensors.get("policy") and run.version != run.trained.version:
+    if here is not None and run.version != run.trained.version:
         lines.append(
             f"The saved agent has seen {run.version:,} updates; dreams and new episodes on this page are of the "
             f"learner's last weights, {run.trained.version:,} updates."
@@ -140,8 +150,8 @@ def result(real: float | None, spread: float | None, count: int | None, random: 
     error = math.hypot((spread or 0) / math.sqrt(count or 1), np.std(first) / math.sqrt(len(first)) if first else 0.0)
     verdict = "no clear difference" if abs(real - random) <= 2 * error else "better" if real > random else "worse"
     return (
-        f"Result: the agent gets {number(real, 2)} in reality, the first policy ({run.config.collect.policy}) "
-        f"{number(random, 2)}: {verdict} (difference {signed(real - random)}, standard error {number(error, 2)})."
+        f"Result: the agent gets {amount(real)} in reality, the first policy ({run.config.collect.policy}) "
+        f"{amount(random)}: {verdict} (difference {signed(real - random)}, standard error {amount(error)})."
     )
 
 

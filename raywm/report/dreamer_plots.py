@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from raywm.report.plots import DREAM, GRID, INK, MUTED, OTHER, REAL, TRAIN, band, clean, figure, legend, svg
+from raywm.report.plots import DREAM, INK, MUTED, OTHER, REAL, TRAIN, band, clean, figure, legend, svg
 
 POINTS = 600  # of a line of training episodes: more would only make the page large
 
@@ -21,7 +21,14 @@ def thinned(values: np.ndarray, most: int = POINTS) -> np.ndarray:
 
 
 def returns(
-    title: str, label: str, episodes: list[Row], trials: list[Row], final: list[Row], levels: dict, key: str, unit: float
+    title: str,
+    label: str,
+    episodes: list[Row],
+    trials: list[Row],
+    final: list[Row],
+    levels: dict,
+    key: str,
+    unit: float,
 ) -> str:
     """Returns over `key` / unit: training episodes thin, trials thick with their spread, the last measurement a dot."""
     fig, ax = figure(title, label, "return", (9.6, 3.4))
@@ -92,7 +99,7 @@ def open_loop(title: str, model: np.ndarray, still: np.ndarray) -> str:
     x = np.arange(len(model))
     ax.plot(x, model, color=DREAM, marker="o", markersize=2.5, label="the model")
     ax.plot(x, still, color=MUTED, linestyle="--", label="“nothing changes”")
-    ax.axhline(1, color=GRID, linewidth=1.4, label="the data's mean")
+    ax.axhline(1, color=MUTED, linestyle=":", linewidth=1.2, label="the data's mean")
     ax.set_ylim(bottom=0)
     legend(ax)
     return svg(fig)

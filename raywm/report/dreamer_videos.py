@@ -39,7 +39,7 @@ def open_loop_frames(run: DreamerRun, chosen: list[measure.Window]) -> Iterator[
     """Truth, model and difference: a few frames of context, then imagination under the recorded actions."""
     loop = measure.open_loop(run, chosen, CONTEXT + measure.AHEAD, 1)
     name = run.images[0]
-    for w, (episode, start) in enumerate(chosen):
+    for w, (_, start) in enumerate(chosen):
         for t in range(int(loop.exists[:, w].sum())):
             truth, model = loop.truth[name][t, w], loop.model[name][t, w, 0]
             seeing = t < CONTEXT

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raywm.data.episode import Episode
-from raywm.report import measure
 from raywm.loops.saved import SavedRun
+from raywm.report import measure
 from raywm.report.load import DreamerRun, Run, is_trial
 
 FPS = 15

@@ -129,11 +129,12 @@ Window = tuple[Episode, int]  # and its first row
 def windows(episodes: Sequence[Episode], count: int, rows: int = CONTEXT + AHEAD) -> list[Window]:
     """About `count` windows spread over the episodes that go on after the context, whole where there is room."""
     long = sorted((e for e in episodes if len(e) > CONTEXT), key=lambda e: e.id)
-    out = []
+    out: dict[tuple[str, int], Window] = {}  # short episodes come round to the same window
     for w in range(min(count, sum(max(1, len(e) - rows + 1) for e in long))):
         episode = long[w % len(long)]
-        out.append((episode, int((w * 0.618 % 1) * (max(0, len(episode) - rows) + 1))))
-    return out
+        start = int((w * 0.618 % 1) * (max(0, len(episode) - rows) + 1))
+        out[episode.id, start] = episode, start
+    return list(out.values())
 
 
 @torch.inference_mode()

@@ -423,8 +423,6 @@ def _run(
                     fixes.append("what is done is kept: mend it, and continue with --resume")
                     result = loop(config, out, executor, log)
                 _print_result(result, as_json=False, quiet=not config.log.console)
-                if config.algorithm == "dreamer":
-                    return
                 from raywm.report import write_report  # type: ignore[attr-defined]
 
                 with log.progress("writing the report"):

@@ -54,18 +54,21 @@ class SavedRun:
 
 
 class SavedDreamer(SavedRun):
-    """A Dreamer run: `policy` (tensors) and `version` (updates) of its agent, or `why` there is none yet."""
+    """A Dreamer run: `policy` (tensors) and `version` (updates) of its agent, or `why` there is none yet; all `tensors`
+    of its last checkpoint."""
 
     def __init__(self, run: str | Path):
         super().__init__(run)
         self.policy: dict[str, Any] = {}
+        self.tensors: dict[str, Any] = {}
         self.why = f"{self.path} has no trained policy yet; continue the run with --resume"
         try:
             saved = checkpoint.load(self.path / "checkpoints", read_only=True)
         except FileNotFoundError as error:
             self.why = str(error)
             return
-        self.state, self.policy = saved.state, saved.tensors.get("policy", {})
+        self.state, self.tensors = saved.state, saved.tensors
+        self.policy = self.tensors.get("policy", {})
 
     @property
     def version(self) -> int:

@@ -11,7 +11,10 @@ import numpy as np
 
 from raywm.data.episode import Episode
 from raywm.data.store import EpisodeStore, Snapshot
-from raywm.loops.saved import Saved
+from raywm.learners.dreamer import under
+from raywm.learners.dreamer_agent import DreamerAgent
+from raywm.loops.parts import dreamer_specification
+from raywm.loops.saved import Saved, SavedDreamer, SavedRun
 from raywm.loops.vmc import BLOCK, TRIALS
 from raywm.seeding import derive
 from raywm.spaces import is_image
@@ -19,8 +22,8 @@ from raywm.spaces import is_image
 Row = dict[str, Any]
 
 
-class Run(Saved):
-    """`Saved`, with what was logged and what was played."""
+class Logged(SavedRun):
+    """A run's directory with what was logged: `rows` of metrics.jsonl, `summary` (None while there is none)."""
 
     def __init__(self, run: str | Path):
         super().__init__(run)
@@ -38,6 +41,30 @@ class Run(Saved):
     @property
     def vectors(self) -> list[str]:
         return [name for name, box in self.columns.items() if not is_image(box)]
+
+    def seed(self, *path: int | str) -> int:
+        return derive(self.config.seed, "report", *path)
+
+    def rng(self, *path: int | str) -> np.random.Generator:
+        return np.random.default_rng(self.seed(*path))
+
+
+class DreamerRun(Logged, SavedDreamer):
+    """A Dreamer run as its learner last saved it."""
+
+    @cached_property
+    def trained(self) -> DreamerAgent:
+        """The greedy agent with the learner's weights; its model has its decoder and heads. ValueError: none yet."""
+        weights = self.tensors.get("learner")
+        if not weights:
+            raise ValueError(self.why)
+        spec = dreamer_specification(self.config, self.columns, self.codec)
+        policy = {f"{part}.{k}": v for part in ("model", "actor") for k, v in under(weights, part).items()}
+        return DreamerAgent(spec, policy, int(weights["updates"]), greedy=True)
+
+
+class Run(Logged, Saved):
+    """A V-M-C run, with what was logged and what was played."""
 
     @property
     def learned(self) -> list[str]:
@@ -67,12 +94,6 @@ class Run(Saved):
     def trials(self) -> list[Episode]:
         """The controller's own episodes, of the turn that `model` and `theta` are of."""
         return [e for e in self.snapshot.episodes if is_trial(e) and number(e) // BLOCK == self.iteration]
-
-    def seed(self, *path: int | str) -> int:
-        return derive(self.config.seed, "report", *path)
-
-    def rng(self, *path: int | str) -> np.random.Generator:
-        return np.random.default_rng(self.seed(*path))
 
 
 def number(episode: Episode) -> int:

@@ -45,7 +45,12 @@ def write_report(run: str | Path) -> Path:
         ("Videos", videos),
         ("Config", settings),
     ]
-    body = [header(of)]
+    return publish(of, header(of), sections)
+
+
+def publish(of: Any, head: str, sections: list[tuple[str, Callable[[Any], str]]]) -> Path:
+    """The page of a run from its header and what draws its sections, at RUN/report.html."""
+    body = [head]
     for title, draw in sections:
         body.append(f"<section><h2>{title}</h2>{_drawn(draw, of)}</section>")
     title = f"{of.config.env.id}, seed {of.config.seed}"
@@ -56,7 +61,7 @@ def write_report(run: str | Path) -> Path:
     return path
 
 
-def _drawn(draw: Callable[[Run], str], run: Run) -> str:
+def _drawn(draw: Callable[[Any], str], run: Any) -> str:
     threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
@@ -140,20 +145,28 @@ def header(run: Run) -> str:
             "",
         ),
     ]
+    kind = run.config.evolve.learner.upper().replace("CMAES", "CMA-ES")
+    what = f"A {run.config.controller.kind} controller on V and M, trained by {kind} in the {run.config.evolve.where}"
+    what = what.replace("in the both", "in the dream, then in reality").replace(
+        "in the real", "in the real environment"
+    )
+    return masthead(run, "V-M-C", what, status, tiles, trust(run, figures))
+
+
+Tile = tuple[str, str, str, str]  # what, its value, a note, its colour: "", "real" or "dream"
+
+
+def masthead(run: Any, algorithm: str, what: str, status: str, tiles: list[Tile], trusted: list[str]) -> str:
+    """The top of any run's page."""
     cells = "".join(
         f'<div class="tile {kind}"><span>{name}</span><b>{html.escape(value)}</b>'
         f"<small>{html.escape(note)}</small></div>"
         for name, value, note, kind in tiles
     )
     again = shlex.join(["raywm", "train", str(run.path / "config.yaml"), "--out", f"{run.path}-again"])
-    verdict = "".join(f"<p>{html.escape(line)}</p>" for line in trust(run, figures))
-    kind = run.config.evolve.learner.upper().replace("CMAES", "CMA-ES")
-    what = f"A {run.config.controller.kind} controller on V and M, trained by {kind} in the {run.config.evolve.where}"
-    what = what.replace("in the both", "in the dream, then in reality").replace(
-        "in the real", "in the real environment"
-    )
+    verdict = "".join(f"<p>{html.escape(line)}</p>" for line in trusted)
     return (
-        f"<header><p class='kicker'>raywm {raywm.__version__}, V-M-C</p>"
+        f"<header><p class='kicker'>raywm {raywm.__version__}, {algorithm}</p>"
         f"<h1>{html.escape(run.config.env.id)} <small>seed {run.config.seed}</small></h1>"
         f"<p>{html.escape(what)}. <strong>{html.escape(status)}</strong></p><div class='tiles'>{cells}</div>"
         f"<h2>How far to trust this dream</h2>{verdict}"
@@ -579,21 +592,26 @@ def videos(run: Run) -> str:
         "dream_vs_real": "Reality, what V keeps of it, and the dream from the same start under the same actions.",
         "dream": "The controller acting in its own dream.",
     }
+    said = "The dream never sees the episode after its first frame; it should move like reality, and end when it ends."
+    own = captions if run.images else dict.fromkeys(captions, "Reality over dreams from the same start.")
+    return say(said) + films(paths, own)
+
+
+def films(paths: list[Path], captions: dict[str, str]) -> str:
+    """Videos of a run's folder "videos", in the page where they are small; captions by their stem."""
     figures = []
     for path in paths:
         data = path.read_bytes()
         small = len(data) < EMBED_BYTES
         source = "data:video/mp4;base64," + base64.b64encode(data).decode() if small else f"videos/{path.name}"
-        caption = captions.get(path.stem, path.stem) if run.images else "Reality over dreams from the same start."
+        caption = captions.get(path.stem, path.stem)
         figures.append(
             f'<video controls loop muted playsinline src="{source}"></video><figcaption>{html.escape(caption)} '
             f'<a href="videos/{path.name}">videos/{path.name}</a></figcaption>'
         )
-    return say(
-        "The dream never sees the episode after its first frame; it should move like reality, and end when it ends."
-    ) + grid(*figures, wide=True)
+    return grid(*figures, wide=True)
 
 
-def settings(run: Run) -> str:
+def settings(run: Any) -> str:
     text = configs.dumps(run.config)
     return f"<details><summary>config.yaml, as it ran</summary><pre><code>{html.escape(text)}</code></pre></details>"

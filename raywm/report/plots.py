@@ -321,11 +321,18 @@ def calibration(pit: np.ndarray) -> str:
 
 
 def trajectories(
-    title: str, truth: np.ndarray, dreams: np.ndarray, alive: np.ndarray, end: int | None, names: Sequence[str]
+    title: str,
+    truth: np.ndarray,
+    dreams: np.ndarray,
+    alive: np.ndarray,
+    end: int | None,
+    names: Sequence[str],
+    context: int = 1,
 ) -> str:
     """(T, D) reality, (T, S, D) dreams from the same start under the same actions, (T, S) their survival.
 
-    A dream is shown while it is more likely alive than not, and the band while a tenth of them are."""
+    A dream is shown while it is more likely alive than not, and the band while a tenth of them are. Where the model
+    sees more `context` than the first row, that is shaded."""
     living = alive >= 0.5  # (T, S)
     living &= living.mean(1, keepdims=True) >= 0.1
     shown = np.where(living[..., None], dreams, np.nan)
@@ -338,6 +345,9 @@ def trajectories(
         ax.plot(x, middle, color=DREAM, linewidth=1.2, label="dreams: median, 50 %, 90 %")
         ax.plot(x, truth[:, i], color=REAL, label="reality")
         ax.set_ylabel(name)
+    if context > 1:
+        for ax in axes:
+            ax.axvspan(0, context - 1, color=MUTED, alpha=0.18, linewidth=0)
     last = axes[-1]
     last.plot(x, alive.mean(1), color=DREAM)
     last.set_ylim(-0.05, 1.08)

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from raywm.data.episode import Episode
+from raywm.loops.saved import SavedRun
 from raywm.report import measure
-from raywm.report.load import Run, is_trial
+from raywm.report.load import DreamerRun, Run, is_trial
 
 FPS = 15
 MOST = 450  # frames of a video: half a minute
@@ -22,10 +23,15 @@ GROUND, INK, REAL, DREAM = (20, 22, 26), (235, 236, 240), (64, 192, 160), (240, 
 
 
 def dream_video(run: str | Path) -> Path:
-    """Write RUN/videos/dream_vs_real.mp4 (and dream.mp4 for images); returns the first's path.
+    """Write RUN/videos/dream_vs_real.mp4 (and dream.mp4 for images); returns the first's path. For a Dreamer run the
+    agent plays new episodes for it.
 
     Raises ValueError when there is no fitted model or no episode yet.
     """
+    if SavedRun(run).config.algorithm == "dreamer":
+        from raywm.report.dreamer_videos import write_dreamer_videos  # on demand: it imports this module
+
+        return write_dreamer_videos(DreamerRun(run))[0]
     of = Run(run)
     if of.model is None:
         raise ValueError(of.why)
@@ -109,8 +115,16 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
     name, rows = run.vectors[0], min(len(episode), MOST // 2)
     replay = measure.replay(run, episode, rows, samples)
     flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
-    dreams = flat.reshape(rows, samples, -1)
+    head = f"{samples} dreams from the same start under the same actions"
     truth = np.asarray(episode.obs[name][:rows])
+    return drawn_vectors(name, truth, flat.reshape(rows, samples, -1), replay.alive, head)
+
+
+def drawn_vectors(
+    name: str, truth: np.ndarray, dreams: np.ndarray, alive: np.ndarray, head: str
+) -> Iterator[np.ndarray]:
+    """Frames of (T, D) reality over (T, S, D) dreams that are alive with chance (T, S), as time goes on."""
+    rows, samples = dreams.shape[:2]
     dims = varying(truth)[:4] or [0]
     width, each, left = 640, 110, 70
     font = ImageFont.load_default(size=14)
@@ -131,7 +145,7 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
     faint = Image.new("RGB", (width, HEAD + each * len(dims) + FOOT), GROUND)
     draw = ImageDraw.Draw(faint)
     draw.text((8, 5), "reality", REAL, font)
-    draw.text((80, 5), f"{samples} dreams from the same start under the same actions", DREAM, font)
+    draw.text((80, 5), head, DREAM, font)
     for panel, d in enumerate(dims):
         draw.text((8, HEAD + panel * each + each // 2 - 8), f"{name}[{d}]", INK, font)
     for t in range(1, rows):
@@ -141,9 +155,7 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
             for s in range(samples):
                 draw.line(points(dreams[:, s, d], panel, t + 1), (120, 82, 52), 1)
             draw.line(points(truth[:, d], panel, t + 1), REAL, 3)
-        draw.text(
-            (8, frame.height - FOOT + 5), f"step {t}   dreams still alive: {replay.alive[t].mean():.0%}", INK, font
-        )
+        draw.text((8, frame.height - FOOT + 5), f"step {t}   dreams still alive: {alive[t].mean():.0%}", INK, font)
         yield np.asarray(frame)
 
 

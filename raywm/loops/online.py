@@ -155,7 +155,7 @@ class Online:
         return int(self.governor.state()["collected"])
 
     def _ahead(self) -> float:
-        """Steps that may be waiting to be replayed: few in the beginning, so that a run that ends early has its ratio."""
+        """Steps that may wait to be replayed: few in the beginning, so that a run that ends early has its ratio."""
         done = self.collected - self.governor.warmup
         return max(AHEAD * done, -done, LEAST_AHEAD, self.rows / self.config.online.train_ratio)
 

@@ -49,6 +49,7 @@ SIZES: dict[str, dict[str, int]] = {
         "400M": (12288, 32, 96, 1536, 1536, 96, 8, 3),
     }.items()
 }
+PLAIN_DETER = 1024  # up to which CPUs scan in fp32
 MIN_STD = 0.1  # of Gaussian latents (PlaNet)
 
 Stats = dict[str, Tensor]  # of a distribution over stoch: "probs" (..., S, K), or "mean" and "std" (..., S)
@@ -323,13 +324,20 @@ class RSSM(WorldModel):
             states, leaves (B, T, *), and the posterior's statistics, leaves (B, T, ...).
         """
         B, T = is_first.shape
+        # a CPU multiplies a step's few rows as fast in fp32 where the weights are small, without the casts around
+        plain = is_first.device.type == "cpu" and self.widths["deter"] <= PLAIN_DETER
         told = self.post_tokens(self.encoder({k: v.flatten(0, 1) for k, v in obs.items()})).unflatten(0, (B, T))
         acted = self.core.from_action(action)
+        if plain:
+            told, acted = told.float(), acted.float()
         keep = (~is_first).float().unsqueeze(-1)
         state = self.initial(B) if start is None else start
         deter, stoch = state["deter"], state["stoch"]
         deters, stochs, outs = [], [], []
-        with scanning(self, told.dtype):
+        autocast = torch.autocast(
+            is_first.device.type, enabled=not plain and torch.is_autocast_enabled(is_first.device.type)
+        )
+        with scanning(self, told.dtype), autocast:
             for step in zip(*(x.unbind(1) for x in (keep, acted, told, noise))):
                 deter, stoch, out = self._observed(deter, stoch, *step)
                 deters.append(deter)

@@ -94,10 +94,12 @@ def header(run: DreamerRun) -> str:
     random = summary.get("random_return_mean")
     if random is None and state.get("random"):
         random = float(np.mean(state["random"]))
+    here: measure.Dreams | None = None
+    dreamt: measure.Dreams | None = None
     try:
         here, dreamt = compared(run)
     except Exception:  # the section on the gap says what it was
-        here = dreamt = None
+        pass
     steps = f"over {measure.steps(run)} steps"
     played = None if here is None else float(here.returns.mean())
     imagined = None if dreamt is None else float(dreamt.returns.mean())

@@ -49,7 +49,7 @@ RLLIB, SQUARE = "RLlib XS", 2048
 # fewer, for RLlib's first state is learned and its decoder's first layer has biases; a larger state makes up for them.
 LIKE_XS = [
     *("rssm.deter=264", "rssm.units=256", "rssm.hidden=256", "rssm.stoch=32", "rssm.classes=32", "rssm.blocks=1"),
-    *("rssm.depth=24", "dreamer.actor_layers=1"),
+    *("rssm.depth=34", "dreamer.actor_layers=1"),
 ]
 SIZE_1M = ["rssm.size=1M", "dreamer.actor_layers=3"]
 TARGETS = {"vector": {"raywm fp32": 2.5, "raywm bf16": 4.0}, "image": {"raywm fp32": 4.0, "raywm bf16": 6.0}}

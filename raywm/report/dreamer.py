@@ -283,7 +283,7 @@ def machinery(run: DreamerRun) -> str:
 
 
 def new(run: DreamerRun) -> str:
-    return f"{len(measure.play(run))} new episodes that the agent has played for this page, on which nothing was trained"
+    return f"{len(measure.play(run))} new episodes that the agent played for this page, on which nothing was trained"
 
 
 def gap(run: DreamerRun) -> str:
@@ -292,8 +292,8 @@ def gap(run: DreamerRun) -> str:
     real, dreamt = compared(run)
     steps, cut = measure.steps(run), measure.steps(run) < run.horizon
     out = say(
-        f"The agent in reality: {new(run)}. The agent in its dream: {DREAMS} dreams from the first observations of those "
-        f"episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both over at "
+        f"The agent in reality: {new(run)}. The agent in its dream: {DREAMS} dreams from the first observations of "
+        f"those episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both over at "
         f"most {steps} steps"
         + (f" (of an episode's {run.horizon})." if cut else ", an episode's time limit.")
         + f" Learning dreams only {run.config.dreamer.horizon} steps at a time, so a gap over so many more is no fault "
@@ -333,8 +333,8 @@ def open_loop(run: DreamerRun) -> str:
         return missing(f"No new episode is longer than the {CONTEXT} rows of context.")
     loop = measure.open_loop(run, chosen, CONTEXT + AHEAD, samples)
     out = say(
-        f"From {new(run)}: the model sees {CONTEXT} rows, then imagines up to {AHEAD} more under the recorded actions. The "
-        f"error is that of the mean of {samples} dreams, over {len(chosen)} windows; at 0 it is that of the "
+        f"From {new(run)}: the model sees {CONTEXT} rows, then imagines up to {AHEAD} more under the recorded actions. "
+        f"The error is that of the mean of {samples} dreams, over {len(chosen)} windows; at 0 it is that of the "
         "reconstruction of the last row seen. 1 is no better than always guessing the mean of the data."
     )
     figures = [

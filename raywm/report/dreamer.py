@@ -293,8 +293,8 @@ def gap(run: DreamerRun) -> str:
     steps, cut = measure.steps(run), measure.steps(run) < run.horizon
     out = say(
         f"The agent in reality: {new(run)}. The agent in its dream: {DREAMS} dreams from the first observations of "
-        f"those episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both over at "
-        f"most {steps} steps"
+        f"those episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both "
+        f"over at most {steps} steps"
         + (f" (of an episode's {run.horizon})." if cut else ", an episode's time limit.")
         + f" Learning dreams only {run.config.dreamer.horizon} steps at a time, so a gap over so many more is no fault "
         "by itself, but it says how far a dream can be trusted."

@@ -22,7 +22,6 @@ from raywm.report.videos import varying
 DREAMS = 128
 PANELS = 8  # components of a vector that are shown
 SHOWN_AT = (0, 2, 4, 5, 6, 7, 9, 12, 15, 20, 26, 34, 44, 54)  # rows of a window, the first of them seen
-NEW = f"{measure.EPISODES} new episodes that the agent has played for this page, on which nothing was trained"
 
 
 def write_dreamer_report(run: str | Path) -> Path:
@@ -285,15 +284,19 @@ def machinery(run: DreamerRun) -> str:
 # ------------------------------------------------------------------------------------------------ what the model does
 
 
+def new(run: DreamerRun) -> str:
+    return f"{len(measure.play(run))} new episodes that the agent played for this page, on which nothing was trained"
+
+
 def gap(run: DreamerRun) -> str:
     if not run.tensors:
         return missing(f"Not there yet: {run.why}.")
     real, dreamt = compared(run)
     steps, cut = measure.steps(run), measure.steps(run) < run.horizon
     out = say(
-        f"The agent in reality: {NEW}. The agent in its dream: {DREAMS} dreams from the first observations of those "
-        f"episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both over at "
-        f"most {steps} steps"
+        f"The agent in reality: {new(run)}. The agent in its dream: {DREAMS} dreams from the first observations of "
+        f"those episodes, where only the model says what is seen, received and whether it goes on. Both greedy, both "
+        f"over at most {steps} steps"
         + (f" (of an episode's {run.horizon})." if cut else ", an episode's time limit.")
         + f" Learning dreams only {run.config.dreamer.horizon} steps at a time, so a gap over so many more is no fault "
         "by itself, but it says how far a dream can be trusted."
@@ -332,8 +335,8 @@ def open_loop(run: DreamerRun) -> str:
         return missing(f"No new episode is longer than the {CONTEXT} rows of context.")
     loop = measure.open_loop(run, chosen, CONTEXT + AHEAD, samples)
     out = say(
-        f"From {NEW}: the model sees {CONTEXT} rows, then imagines up to {AHEAD} more under the recorded actions. The "
-        f"error is that of the mean of {samples} dreams, over {len(chosen)} windows; at 0 it is that of the "
+        f"From {new(run)}: the model sees {CONTEXT} rows, then imagines up to {AHEAD} more under the recorded actions. "
+        f"The error is that of the mean of {samples} dreams, over {len(chosen)} windows; at 0 it is that of the "
         "reconstruction of the last row seen. 1 is no better than always guessing the mean of the data."
     )
     figures = [

@@ -1,6 +1,8 @@
 # make demo       set up, then learn CartPole-v1 in dreams; prints where the report is
 # make test       the tests that fit in minutes; make test-slow runs the others
 # make lint       ruff and mypy
+# make docs       the API reference, from the docstrings, in build/api
+# make wheel      a wheel in build/dist
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +10,7 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 DEMO   := runs/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint docs wheel clean
 
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
@@ -25,6 +27,13 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(PIP) -e ".[docs]"
+	$(BIN)/python docs/api.py build/api
+
+wheel: $(VENV)/.created
+	$(BIN)/python -m pip wheel -q --no-deps -w build/dist .
 
 clean:
 	rm -rf $(VENV)

@@ -234,10 +234,15 @@ class LiveAgent:
 
 def load_agent(run: str | Path) -> LiveAgent:
     """The trained agent in a run directory: V-M-C's controller that did best in reality with its world model, or
-    Dreamer's greedy policy as it was last saved.
+    Dreamer's greedy policy as it was last saved. "rllib:CHECKPOINT" is what an RLlib algorithm has learned (see
+    ``raywm.rllib``).
 
-    Needs neither Ray nor the environment. Raises ValueError for a directory that holds no trained agent (yet).
+    A run's agent needs neither Ray nor the environment. Raises ValueError for what holds no trained agent (yet).
     """
+    if str(run).startswith("rllib:"):
+        from raywm.rllib import SavedPolicy  # it needs Ray
+
+        return SavedPolicy(str(run).removeprefix("rllib:")).live()
     from raywm.loops.saved import open_run  # on demand: it needs torch
 
     return open_run(run).live()

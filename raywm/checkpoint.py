@@ -1,6 +1,7 @@
 """Checkpoints: everything a run needs to continue, written atomically and loaded without executing code.
 
-    checkpoints/000012/state.json          format, step, crc32 and size of the other files, the caller's JSON
+    checkpoints/000012/state.json          format, the raywm that wrote it, step, crc32 and size of the other files,
+                                           the caller's JSON
     checkpoints/000012/NAME.safetensors    tensors
     checkpoints/000012/NAME.npz            numpy arrays
 
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
+import time
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,10 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from raywm import __version__
+
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+# 1: the same without "raywm", read as it is. Models' parameters have no number: they are held against the model that
+# the run's config builds (``same_parameters``).
+FORMAT = 2
+OLDEST = "0.1.0 or older"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _STEP = re.compile(r"\d{6,}")
 
@@ -40,6 +49,7 @@ class Checkpoint:
     tensors: dict[str, dict[str, torch.Tensor]]
     arrays: dict[str, dict[str, np.ndarray]]
     state: dict[str, Any]
+    made_by: str  # the raywm that wrote it
 
 
 def save(
@@ -89,6 +99,7 @@ def load(directory: str | Path, step: int | None = None, read_only: bool = False
 
     `read_only` changes nothing in the directory: for readers of a run that another process may be writing.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load as load_tensors
 
     directory = Path(directory)
@@ -105,18 +116,98 @@ def load(directory: str | Path, step: int | None = None, read_only: bool = False
     arrays: dict[str, dict[str, np.ndarray]] = {}
     for file, expected in manifest["files"].items():
         data = _checked(path / file, expected)
-        if file.endswith(".safetensors"):
-            tensors[file.removesuffix(".safetensors")] = load_tensors(data)
-        else:
-            with np.load(path / file, allow_pickle=False) as columns:
-                arrays[file.removesuffix(".npz")] = {key: columns[key] for key in columns.files}
-    return Checkpoint(manifest["step"], tensors, arrays, manifest["state"])
+        try:
+            if file.endswith(".safetensors"):
+                tensors[file.removesuffix(".safetensors")] = load_tensors(data)
+            else:
+                with open_npz(data) as columns:
+                    arrays[file.removesuffix(".npz")] = {key: columns[key] for key in columns.files}
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{path / file} is none that raywm wrote: {error}") from None
+    return Checkpoint(manifest["step"], tensors, arrays, manifest["state"], manifest["raywm"])
+
+
+@contextlib.contextmanager
+def open_npz(source: str | Path | bytes) -> Iterator[Any]:
+    """An .npz file, or the bytes of one, as numpy opens it. Nothing pickled is ever loaded: that runs code of the
+    file's choosing. Raises ValueError for pickled objects and for what is no .npz file."""
+    try:
+        loaded: Any = np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
+        if not hasattr(loaded, "files"):
+            raise ValueError("it is a single array, expected an .npz file of named ones")
+        with loaded:
+            yield _Arrays(loaded)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                "it is no .npz file of plain arrays: pickled objects could run any code and are never loaded"
+            ) from None
+        raise error if isinstance(error, ValueError) else ValueError(f"it is no .npz file ({error})") from None
+
+
+class _Arrays:
+    """An open .npz file whose every member is an array: numpy hands over what it does not know as bytes."""
+
+    def __init__(self, opened: Any):
+        self._opened, self.files = opened, list(opened.files)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._opened[name]
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"its member {name!r} is no array")
+        return array
+
+
+def same_parameters(
+    found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], where: str | Path, made_by: str
+) -> None:
+    """Raise ValueError, in one line, unless the saved tensors have the names and shapes of those `expected`."""
+    lacks = [name for name in expected if name not in found]
+    more = [name for name in found if name not in expected]
+    other = [k for k in expected if k in found and found[k].shape != expected[k].shape]
+    said = [
+        f"{what} {names[0]}" + (f" and {len(names) - 1} others" if names[1:] else "")
+        for what, names in (("it lacks", lacks), ("it has", more), ("of another shape is", other))
+        if names
+    ]
+    if said:
+        raise ValueError(
+            f"{where}, written by raywm {made_by}, holds other parameters than raywm {__version__} builds from its "
+            f"config.yaml: {', '.join(said)}; use the raywm that wrote it, or train anew in another directory"
+        )
 
 
 def latest(directory: str | Path) -> int | None:
     """The newest whole checkpoint's step, or None."""
     _tidy(Path(directory))
     return max(_steps(Path(directory)), default=None)
+
+
+@contextlib.contextmanager
+def hold(out: str | Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold a directory against a second process, by its file ".lock". Raises ValueError where another one has it, after
+    `patience` seconds: a killed owner's lock goes with its process, which may take a moment."""
+    until = time.monotonic() + patience
+    with open(Path(out) / ".lock", "w") as file:
+        while not _locked(file):
+            if time.monotonic() >= until:
+                raise ValueError(f"{out} is being written by another process; wait for it, or give another --out")
+            time.sleep(0.1)
+        yield
+
+
+def _locked(file: Any) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -194,7 +285,9 @@ def _write(
         data = (path / f"{name}.npz").read_bytes()
         files[f"{name}.npz"] = {"bytes": len(data), "crc32": zlib.crc32(data)}
     try:
-        text = json.dumps({"format": FORMAT, "step": step, "files": files, "state": state}, indent=1)
+        text = json.dumps(
+            {"format": FORMAT, "raywm": __version__, "step": step, "files": files, "state": state}, indent=1
+        )
     except TypeError as error:
         raise ValueError(f"checkpoint state: {error}; arrays and tensors have arguments of their own") from None
     _write_bytes(path / "state.json", text.encode())
@@ -240,13 +333,21 @@ def _steps(directory: Path) -> list[int]:
 
 def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / "state.json").read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
+        manifest: dict[str, Any] = json.loads((path / "state.json").read_text())
+        version, made_by = manifest["format"], manifest.setdefault("raywm", OLDEST)
+        files = manifest["files"] if version in range(1, FORMAT + 1) else {}
+        if not isinstance(files, dict) or any(
+            not _NAME.fullmatch(name) or not {"bytes", "crc32"} <= set(files[name]) for name in files
+        ):
+            raise ValueError
+        if version in range(1, FORMAT + 1) and not isinstance(manifest["state"], dict):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}/state.json is damaged; remove {path} to continue from the one before") from None
-    if version != FORMAT:
+    if version not in range(1, FORMAT + 1):
         raise ValueError(
-            f"{path} has checkpoint format {version}, this raywm reads {FORMAT}; use the version that wrote it"
+            f"{path} has checkpoint format {version}, written by raywm {made_by}; this is raywm {__version__}, which "
+            f"reads formats 1 to {FORMAT}; use the raywm that wrote it (pip install raywm=={made_by})"
         )
     return manifest
 

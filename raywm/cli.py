@@ -1,4 +1,4 @@
-"""The command line: collect, train, evaluate, dream, report, bench, data.
+"""The command line: collect, train, evaluate, dream, report, export, serve, bench, data.
 
 Commands import what they run, so that ``--help`` and a typo in a key cost a fraction of a second.
 """
@@ -10,6 +10,7 @@ import difflib
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ import typer
 
 from raywm import __version__
 from raywm import config as configs
+from raywm import search as searches
 from raywm.config import RunConfig
 from raywm.data_cli import data
 
@@ -102,7 +104,7 @@ def collect(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="random, sticky or mixed; a RUN's directory, whose controller plays; or module:AgentClass.",
+            help="random, sticky, mixed, a RUN's directory, rllib:CHECKPOINT or module:AgentClass.",
             show_default="collect.policy",
         ),
     ] = None,
@@ -177,31 +179,38 @@ def train(
 
 @app.command()
 def evaluate(
-    run: RunArg,
-    episodes: Annotated[int | None, typer.Option(min=1, help="Real episodes.", show_default="of the run")] = None,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN|rllib:CHECKPOINT", help="A run's directory, or what an RLlib algorithm saved.")
+    ],
+    episodes: Annotated[
+        int | None, typer.Option(min=1, help="Real episodes.", show_default="of the run, or 100")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seeds the episodes.", show_default="of the run")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Play a run's controller in the real environment.
+    """Play a run's controller, or an RLlib policy, in the real environment.
 
     \b
     Example: raywm evaluate runs/cartpole-seed0 --episodes 100
     """
     with _errors():
-        config = _config_of(run)
-        from raywm.agent import load_agent
+        if run.startswith("rllib:"):
+            from raywm.rllib import SavedPolicy
+
+            saved = SavedPolicy(run.removeprefix("rllib:"))
+            agent: Any = saved.agent()
+            env, own_seed, count = saved.env, saved.seed, episodes or 100
+        else:
+            config = _config_of(Path(run))
+            from raywm.agent import load_agent
+
+            agent, env, own_seed = load_agent(run).agent, config.env, config.seed
+            count = episodes or config.evaluate.episodes
         from raywm.evaluate import evaluate as measure
         from raywm.log import Console
 
-        count = episodes or config.evaluate.episodes
         with Console(stream=sys.stderr).progress("evaluating", count) as bar:
-            result = measure(
-                load_agent(run).agent,
-                config.env,
-                config.seed if seed is None else seed,
-                count,
-                progress=bar.advance,
-            )
+            result = measure(agent, env, own_seed if seed is None else seed, count, progress=bar.advance)
         _print_result(result, as_json)
 
 
@@ -237,22 +246,177 @@ def dream(
 
 
 @app.command()
-def report(run: RunArg) -> None:
-    """Write a run's report, one self-contained page.
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Directories of runs.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="With several runs: the page's file.", show_default="comparison.html"),
+    ] = None,
+) -> None:
+    """Write a run's report, or compare runs, as one self-contained page.
 
-    RUN/report.html holds everything there is to see about a run.
+    RUN/report.html holds everything there is to see about a run. Of several runs, the page holds what differs between
+    their configs, their results with the spread over seeds, and their curves.
 
     \b
-    Example: raywm report runs/cartpole-seed0
+    Examples:
+      raywm report runs/cartpole-seed0
+      raywm report runs/cartpole-seed0 runs/cartpole-seed1 runs/dreamer-cartpole-seed0 --out comparison.html
+    """
+    with _errors():
+        for run in runs:
+            _config_of(run)
+        if len(runs) == 1 and out is not None:
+            raise ValueError(
+                f"--out {out}: got one run, whose page is {runs[0] / 'report.html'}; give more, or no --out"
+            )
+        from raywm.log import Console
+
+        console = Console(stream=sys.stderr)
+        if len(runs) == 1:
+            from raywm.report import write_report
+
+            with console.progress("writing the report"):
+                path = write_report(runs[0])
+        else:
+            from raywm.report.compare import write_comparison
+
+            with console.progress("comparing", len(runs)) as bar:
+                path = write_comparison(runs, out or Path("comparison.html"), bar.advance)
+        typer.echo(f"report: {path}")
+
+
+@app.command()
+def export(
+    run: RunArg,
+    format: Annotated[str, typer.Option(metavar="torch-export|onnx", help="The file.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A new folder.", show_default="RUN/export/FORMAT")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Real steps to check it over.")] = 1000,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's agent as one function that runs without raywm.
+
+    Encoder, memory and policy as (obs, state, is_first, noise) -> (action, state) for batches of any size, with a
+    model card and an example. What was written is held against the agent in the real environment: where they differ
+    by more than 1e-4, or in an action, it is an error and nothing stays.
+
+    \b
+    Example: raywm export runs/cartpole-seed0 --format onnx
     """
     with _errors():
         _config_of(run)
+        from raywm.export import export_run
         from raywm.log import Console
-        from raywm.report import write_report  # type: ignore[attr-defined]
 
-        with Console(stream=sys.stderr).progress("writing the report"):
-            path = write_report(run)
-        typer.echo(f"report: {path}")
+        command = ["raywm", "export", str(run), "--format", format, *(["--out", str(out)] if out else [])]
+        command += [] if steps == 1000 else ["--steps", str(steps)]
+        with Console(stream=sys.stderr).progress("checking the export", steps) as bar:
+            result = export_run(run, format, out, steps, shlex.join(command), bar.advance)
+        _print_result(result, as_json)
+
+
+@app.command()
+def serve(
+    run: RunArg,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where to listen.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, help="Processes that answer.")] = 1,
+    host: Annotated[str, typer.Option(help="Wider than this machine needs a token.")] = "127.0.0.1",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="A file with the token that clients must send.", show_default="RAYWM_SERVE_TOKEN"),
+    ] = None,
+    address: AddressOption = None,
+) -> None:
+    """Serve a run's agent and its dreams over HTTP.
+
+    POST /act takes observations and the states of the last answer, and gives actions and states; POST /imagine rolls
+    the world model forward under given actions; GET /health and GET /schema say what is served and how to ask.
+
+    \b
+    Examples:
+      raywm serve runs/cartpole-seed0
+      raywm serve runs/doom --host 0.0.0.0 --token-file token --replicas 4 --address auto
+    """
+    with _errors():
+        _config_of(run)
+        from raywm.serve import main as serve_run
+
+        serve_run(run, host, port, replicas, token_file, address, typer.echo)
+
+
+@app.command("tune")
+def tune_command(
+    search: Annotated[
+        str,
+        typer.Argument(metavar="NAME|FILE", help=f"A search's YAML file, or one of: {', '.join(searches.names())}."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Keys of the file, e.g. trials=4 seed=1.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The search's directory.", show_default="runs/tune-NAME-seedSEED")
+    ] = None,
+    data_from: Annotated[
+        str | None,
+        typer.Option("--data", metavar="RUN|DATASET", help="Whose episodes all trials share.", show_default="data"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the search in --out; start if there is none.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="The file's small form: seconds, and worthless results.")
+    ] = False,
+    address: AddressOption = None,
+) -> None:
+    """Search a run's config with Ray Tune.
+
+    Trials are run directories in OUT/trials, each with actors of its own; with --data (or data: in the file) they learn
+    from one run's or dataset's episodes, collected once. The table and OUT/report.html name the best trial.
+
+    \b
+    Examples:
+      raywm tune vmc_cartpole_asha
+      raywm tune vmc_cartpole_asha --data runs/cartpole-seed0 trials=16 --out runs/search --resume
+    """
+    with _errors() as fixes:
+        given = [*(overrides or []), *([] if data_from is None else [f"data={json.dumps(data_from)}"])]
+        wanted = searches.load(search, given, smoke)
+        out = out or Path("runs") / f"tune-{Path(search).stem}-seed{wanted.seed}"
+        command = ["raywm", "tune", search, *given, "--out", str(out), *(["--smoke"] if smoke else [])]
+        command += [*(["--address", address] if address else []), "--resume"]
+        _parts(wanted.run_config())  # an environment or a model that cannot be built must not leave a directory behind
+        from raywm.tune import open_search, run_search
+
+        with open_search(wanted, out, resume), _interruptible(command):
+            fixes.append("what is done is kept: mend it, and continue with --resume")
+            run_search(wanted, out, address)
+            fixes.clear()
+            _print_search(wanted, out)
+
+
+def _print_search(search: searches.SearchConfig, out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from raywm.report.search import best_of, cells, commands, heads, steps_text, write_search_report
+    from raywm.standings import spent, standings
+
+    trials, steps = standings(search, out), spent(out)
+    table = Table(*heads(search), box=None)
+    for trial in trials:
+        table.add_row(*cells(search, trial))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(table)
+    for trial in trials:
+        if trial.error:
+            typer.echo(f"trial {trial.name} failed: {trial.error}")
+    typer.echo(steps_text(search, steps))
+    typer.echo(f"report: {write_search_report(search, out, trials, steps)}")
+    if best := best_of(trials):
+        typer.echo(f"best: trial {best.path.name}; on episodes that no trial has played:")
+        for line in commands(out, best):
+            typer.echo(f"  {line}")
 
 
 @bench.callback()
@@ -366,6 +530,43 @@ def bench_replay(
             measure(seconds=seconds, turns=turns, as_json=as_json, out=out)
 
 
+@bench.command("rllib")
+def bench_rllib(
+    environment: Annotated[
+        str | None,
+        typer.Argument(metavar="[ENV|PRESET|FILE]", help="What to learn.", show_default="the environment of --run"),
+    ] = None,
+    algorithms: Annotated[
+        str,
+        typer.Option(
+            "--algorithms", metavar="NAME[,NAME]...", help="ppo and dreamer in reality, dream: ppo in --run's dream."
+        ),
+    ] = "ppo,dreamer",
+    run: Annotated[str | None, typer.Option("--run", help="A finished run's directory, for dream.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for each to learn, at most.")] = 120.0,
+    target: Annotated[float | None, typer.Option(help="Mean return at which one stops.")] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Real episodes to try a PPO policy in.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the algorithms.")] = 0,
+    save: Annotated[
+        Path | None, typer.Option(help="A directory that keeps PPO's checkpoints.", show_default="they go")
+    ] = None,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Let RLlib's algorithms learn.
+
+    Returns by steps and by seconds, of PPO and DreamerV3 in the real environment, and of PPO in the dream of a run,
+    with what that earns in reality.
+
+    \b
+    Example: raywm bench rllib --algorithms dream,ppo --run runs/cartpole-seed0 --target 475
+    """
+    with _errors():
+        from raywm.bench.rllib import main as measure
+
+        measure(environment, algorithms, run, seconds, target, episodes, seed, save, as_json=as_json, out=out)
+
+
 @bench.command("scale")
 def bench_scale(
     collectors: Annotated[
@@ -394,6 +595,31 @@ def bench_scale(
         measure(counts, seconds=seconds, turns=turns, as_json=as_json, out=out)
 
 
+@bench.command("serve")
+def bench_serve(
+    presets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PRESET]...", help="Sizes of agents.", show_default="cartpole, dreamer-cartpole"),
+    ] = None,
+    seconds: TurnSecondsOption = 5.0,
+    turns: TurnsOption = 5,
+    as_json: JsonOption = False,
+    out: BenchOutOption = None,
+) -> None:
+    """Measure decisions per second over HTTP.
+
+    One replica and 16 clients with 16 observations or one a request, against the agent alone and against Ray Serve
+    answering as many bytes. Every answer is checked against a local agent.
+
+    \b
+    Example: raywm bench serve --seconds 10 --out serve.json
+    """
+    with _errors():
+        from raywm.bench.serve import main as measure
+
+        measure(presets, seconds=seconds, turns=turns, as_json=as_json, out=out)
+
+
 def _run(
     preset: str,
     overrides: Sequence[str],
@@ -407,27 +633,51 @@ def _run(
         if address is not None:
             config = config.model_copy(update={"address": address})
         out = out or Path("runs") / f"{Path(preset).stem}-seed{config.seed}"
-        arguments = [preset, *overrides, "--out", str(out), *(["--address", address] if address else [])]
-        arguments += [*(["--in-process"] if in_process else []), "--resume"]
+        if "://" in str(out) or re.match(r"[a-z0-9]+:/[^/]", str(out)):
+            raise ValueError(
+                f"--out {out}: got a URI, expected a directory here; replay.storage=URI keeps a copy of it there"
+            )
+        command = ["raywm", "train", preset, *overrides, "--out", str(out)]
+        command += [*(["--address", address] if address else []), *(["--in-process"] if in_process else []), "--resume"]
         _parts(config)  # an environment or a model that cannot be built must not leave a run directory behind
-        with _open_run(out, config, resume), _interruptible(["raywm", "train", *arguments]):
-            from raywm.log import RunLog
+        from raywm.sinks import check_sinks
 
+        check_sinks(config)
+        copy = _copy_of(out, config, in_process)
+        with _open_run(out, config, resume, copy), copy or contextlib.nullcontext(), _interruptible(command):
+            from raywm.log import RunLog
+            from raywm.loops.shared import share
+
+            share(config, out)
             if config.algorithm == "dreamer":
                 from raywm.loops.online import train as loop
             else:
                 from raywm.loops.vmc import train as loop
-            with RunLog(out, config.log.tensorboard, config.log.console) as log:
+            sinks = _sinks(config, out, in_process)
+            with RunLog(out, config.log.tensorboard, config.log.console, sinks=sinks) as log:
                 log.say(f"{out}: {config.env.id}, seed {config.seed}")
                 with _executor(config, out, in_process) as executor:
                     fixes.append("what is done is kept: mend it, and continue with --resume")
                     result = loop(config, out, executor, log)
+                    log.finish(result)
                 _print_result(result, as_json=False, quiet=not config.log.console)
                 from raywm.report import write_report  # type: ignore[attr-defined]
 
                 with log.progress("writing the report"):
                     path = write_report(out)
                 log.say(f"report: {path}")
+
+
+def _sinks(config: RunConfig, out: Path, in_process: bool) -> list[Any]:
+    """Who hears of the run beside its own log."""
+    from raywm.sinks import open_sinks
+
+    sinks = open_sinks(config, out)
+    if not in_process:
+        from raywm.runtime.metrics import RayMetrics
+
+        sinks.append(RayMetrics(config, out))
+    return sinks
 
 
 def _parts(config: RunConfig) -> Any:
@@ -458,14 +708,32 @@ def _executor(config: RunConfig, out: Path, in_process: bool) -> Any:
     return RayExecutor(config, out, config.address)
 
 
+def _copy_of(out: Path, config: RunConfig, in_process: bool) -> Any:
+    """The `RunCopy` of a run that has a storage."""
+    if config.replay.storage is None or in_process:
+        return None
+    from raywm.run_copy import RunCopy
+
+    return RunCopy(out, config.replay.storage, typer.echo)
+
+
 @contextlib.contextmanager
-def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
-    """Start the run directory `out`, or reopen it, and hold it against a second process."""
-    from raywm.checkpoint import clear_disk_errors
+def _open_run(out: Path, config: RunConfig, resume: bool, copy: Any = None) -> Iterator[None]:
+    """Start the run directory `out`, or reopen it, and hold it against a second process.
+
+    Where the run in `copy` is further, it goes on with that one."""
+    from raywm.checkpoint import clear_disk_errors, hold
 
     path = out / "config.yaml"
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: got a file, expected a directory")
+    if copy is not None and copy.ahead():
+        if not resume:
+            raise ValueError(
+                f"{copy.uri} already holds a run; continue it with --resume, or give another replay.storage"
+            )
+        typer.echo(f"{out}: going on with the run that {copy.uri} keeps")
+        copy.fetch()
     if path.exists() and not _nothing_yet(out):
         if not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")
@@ -481,8 +749,7 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise
         raise ValueError(f"--out {out} cannot be written: {error.strerror}; give another --out") from error
-    with open(out / ".lock", "w") as lock:
-        _lock(lock, out)
+    with hold(out):
         with clear_disk_errors(path):
             configs.save(config, path)
         yield
@@ -491,25 +758,13 @@ def _open_run(out: Path, config: RunConfig, resume: bool) -> Iterator[None]:
 def _nothing_yet(out: Path) -> bool:
     """Whether `out` holds only what a run leaves that failed before its first episode: it may be started anew."""
     made = {"config.yaml", "spaces.json", "metrics.jsonl", "tensorboard", "episodes", "starts.json"}
+    made |= {"sinks.json", "wandb"}
     if {p.name for p in out.iterdir() if not p.name.startswith(".")} - made or any(out.glob("episodes/[!.]*")):
         return False
     try:
         return bool(configs.load(out / "config.yaml"))
     except ValueError:
         return False
-
-
-def _lock(file: Any, out: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{out} is being written by another process; wait for it, or give another --out") from None
-    except OSError:
-        return  # a file system without locks
 
 
 @contextlib.contextmanager
@@ -565,7 +820,12 @@ def _config_of(run: Path) -> RunConfig:
         near = difflib.get_close_matches(str(run), runs, n=1)
         hint = f"did you mean {near[0]}?" if near else f"runs: {', '.join(runs[:8])}" if runs else "start one first"
         raise ValueError(f"no run in {run} (no config.yaml); {hint}")
-    return configs.load(run / "config.yaml")
+    config = configs.load(run / "config.yaml")
+    if ":" in config.model.kind:  # as its environment's is: whoever runs a command on a run trusts its config
+        from raywm.models import model_class
+
+        model_class(config.model.kind)
+    return config
 
 
 def _print_result(result: dict[str, Any], as_json: bool, quiet: bool = False) -> None:

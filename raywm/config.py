@@ -7,10 +7,11 @@ expected. Objects are frozen: a run's config does not change while it runs. This
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,7 +23,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
+    """A float where YAML 1.1 left a string like 1e-4; anything else as it is."""
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
@@ -32,10 +34,16 @@ def _tuple(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_number), Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, BeforeValidator(_number), Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1, allow_inf_nan=False)]
-Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, BeforeValidator(number), Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, BeforeValidator(number), Field(ge=0, le=1, allow_inf_nan=False)]
+Number = Annotated[float, BeforeValidator(number), Field(allow_inf_nan=False)]
+
+
+# Ray's syntax of a label's value, without the operators (in(...), !value) that its selectors know.
+Labels = dict[
+    Annotated[str, Field(min_length=1)], Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?$")]
+]
 
 
 class Section(BaseModel):
@@ -90,6 +98,7 @@ class CollectConfig(Section):
     stall_s: Positive = Field(
         60.0, description="Seconds an environment's step or reset may take before it is restarted; below timeout_s."
     )
+    labels: Labels = Field({}, description="Ray labels of the nodes that collect, and keep shards=nodes.")
 
     @model_validator(mode="after")
     def _agree(self) -> CollectConfig:
@@ -107,7 +116,9 @@ class ReplayConfig(Section):
     shards: Literal["driver", "nodes"] = Field(
         "driver", description="One shard on the driver's node, in the run's directory; or one on each node."
     )
-    storage: str | None = Field(None, description="Path or URI (s3://...) that sealed segments are copied to.")
+    storage: str | None = Field(
+        None, description="Path or URI (s3://...) that sealed segments, and what a run must keep, are copied to."
+    )
     segment_mb: Positive = Field(64.0, description="A segment is sealed when it is this large,")
     seal_s: Positive = Field(60.0, description="or after this many seconds.")
     capacity_mb: Positive | None = Field(
@@ -116,8 +127,10 @@ class ReplayConfig(Section):
 
 
 class ModelConfig(Section):
-    """The world model: vision (V) and memory (M)."""
+    """The world model: vision (V) and memory (M), or one of your own."""
 
+    kind: str = Field("vm", description="vm, or 'module:Class': a raywm.models.base.WorldModel of your own.")
+    kwargs: dict[str, Any] = Field({}, description="Arguments of such a class; the other keys are vm's.")
     vision: Literal["auto", "identity", "mlp", "conv"] = Field(
         "auto", description="V; auto is identity for vectors and conv for images."
     )
@@ -133,6 +146,25 @@ class ModelConfig(Section):
     terminal_weight: Positive = Field(10.0, description="Weight of terminal rows in the continuation loss.")
     head_hidden: Count = Field(128, description="Hidden units of the reward and continuation heads.")
 
+    @model_validator(mode="after")
+    def _agree(self) -> ModelConfig:
+        if self.kind == "vm":
+            if self.kwargs:
+                raise ValueError(
+                    f"model.kwargs: got {self.kwargs} with model.kind=vm, expected {{}}; use model.latent=..."
+                )
+            return self
+        module, colon, name = self.kind.partition(":")
+        if not colon or not all(part.isidentifier() for part in [*module.split("."), name]):
+            raise ValueError(f"model.kind: got '{self.kind}', expected vm, or module:Class as import names it")
+        for key, field in type(self).model_fields.items():
+            if key not in ("kind", "kwargs") and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"model.{key}: got a value with model.kind={self.kind}, which only vm uses; pass arguments of your "
+                    "class as model.kwargs"
+                )
+        return self
+
 
 class FitConfig(Section):
     """Fitting the world model to the episodes."""
@@ -140,14 +172,14 @@ class FitConfig(Section):
     vision_steps: Count = Field(2000, description="Gradient steps of V a turn, at most.")
     vision_batch: Count = Field(128, description="Frames a batch of V.")
     memory_steps: Count = Field(1500, description="Gradient steps of M a turn, at most.")
-    refit: Annotated[float, BeforeValidator(_number)] = Field(
+    refit: Annotated[float, BeforeValidator(number)] = Field(
         0.5, gt=0, le=1, description="Share of these steps in the turns after the first, which start from its weights."
     )
     batch: Count = Field(32, description="Sequences a batch of M.")
     sequence: int = Field(32, ge=2, description="Rows a sequence.")
     lr: Positive = Field(3e-3, description="Adam's learning rate for M.")
     vision_lr: Positive = Field(1e-3, description="Adam's learning rate for V.")
-    held_out: Annotated[float, BeforeValidator(_number)] = Field(
+    held_out: Annotated[float, BeforeValidator(number)] = Field(
         0.1, gt=0, lt=1, description="Share of the episodes kept for evaluating fits."
     )
     patience: Count = Field(5, description="Evaluations without improvement before a fit stops.")
@@ -157,6 +189,7 @@ class FitConfig(Section):
     )
     threads: Natural = Field(0, description="CPU threads of a trainer; 0 takes all cores.")
     num_gpus: NonNegative = Field(0.0, description="GPUs that the trainer actor reserves.")
+    labels: Labels = Field({}, description="Ray labels of the nodes that fit.")
 
 
 class ControllerConfig(Section):
@@ -196,6 +229,7 @@ class DreamConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="Of the dream's matrix products.")
     sampled_ends: bool = Field(True, description="Dreams end by a draw; false: returns weighted by survival.")
     timeout_s: Positive = Field(300.0, description="Seconds after which a dream worker's answer counts as lost.")
+    labels: Labels = Field({}, description="Ray labels of the nodes that dream.")
 
 
 class RSSMConfig(Section):
@@ -228,7 +262,9 @@ class DreamerConfig(Section):
     batch: Count = Field(16, description="Sequences a batch, over all learners.")
     sequence: int = Field(64, ge=2, description="Rows a sequence.")
     context: Natural = Field(
-        1, description="Rows in front of a sequence that only bring the model into its state, from a stored one."
+        1,
+        description="Rows in front of a sequence that only bring the model into its state: the one that was last known "
+        "after them, or else the one they lead to from nothing. 0: every sequence begins from nothing.",
     )
     horizon: Count = Field(15, description="Steps of a dream.")
     discount_horizon: Positive = Field(333.0, description="The discount is 1 - 1 / this.")
@@ -250,6 +286,7 @@ class DreamerConfig(Section):
     learners: Count = Field(1, description="Learner actors, which share each batch.")
     num_gpus: NonNegative = Field(0.0, description="GPUs that a learner actor reserves.")
     threads: Natural = Field(0, description="CPU threads of a learner; 0 takes all cores.")
+    labels: Labels = Field({}, description="Ray labels of the nodes that learn.")
 
 
 class OnlineConfig(Section):
@@ -277,6 +314,8 @@ class LogConfig(Section):
 
     tensorboard: bool = Field(True, description="Write TensorBoard events.")
     console: bool = Field(True, description="Show progress and results.")
+    wandb: str | None = Field(None, min_length=1, description="A Weights & Biases project that gets them too.")
+    mlflow: str | None = Field(None, min_length=1, description="An MLflow experiment that gets them too.")
 
 
 class RunConfig(Section):
@@ -288,6 +327,9 @@ class RunConfig(Section):
     seed: Natural = Field(0, description="The one seed that every random stream derives from.")
     iterations: Count = Field(10, description="Turns of the loop, at most.")
     address: str | None = Field(None, description="Ray cluster to join; without one a private local Ray starts.")
+    data: str | None = Field(
+        None, min_length=1, description="A run or dataset whose episodes are the data; none is collected (vmc)."
+    )
     env: EnvConfig
     budget: BudgetConfig = BudgetConfig()
     target: TargetConfig = TargetConfig()
@@ -321,6 +363,18 @@ class RunConfig(Section):
                     f"{section}: got values for algorithm={other} with algorithm={self.algorithm}, which does not use "
                     f"them; expected some of {', '.join(OF[self.algorithm])}"
                 )
+        if self.model.kind != "vm" and self.controller.features != "zh":
+            raise ValueError(
+                f"controller.features: got '{self.controller.features}' with model.kind={self.model.kind}, whose own "
+                "features() says what a controller sees; leave it out"
+            )
+        if self.data is not None and self.algorithm != "vmc":
+            raise ValueError(
+                f"data: got '{self.data}' with algorithm={self.algorithm}, expected null; only vmc learns from "
+                "episodes that are there"
+            )
+        if self.data is not None and self.replay.shards != "driver":
+            raise ValueError("replay.shards: got 'nodes', expected 'driver' with data, whose episodes are linked there")
         if self.evolve.learner == "reinforce" and self.evolve.where != "dream":
             raise ValueError(
                 f"evolve.where: got '{self.evolve.where}', expected 'dream' with evolve.learner=reinforce; "
@@ -339,14 +393,18 @@ RESUMABLE = (
     "collect.workers",
     "collect.timeout_s",
     "collect.stall_s",
+    "collect.labels.*",
     "replay.storage",
     "replay.segment_mb",
     "replay.seal_s",
     "replay.capacity_mb",
     "dream.workers",
     "dream.timeout_s",
+    "dream.labels.*",
+    "fit.labels.*",
     "dreamer.learners",
     "dreamer.threads",
+    "dreamer.labels.*",
     "online.steps",
     "online.evaluate_every",
     "online.evaluate_episodes",
@@ -375,15 +433,19 @@ def presets() -> list[str]:
     return sorted(p.name[:-5] for p in _preset_dir().iterdir() if p.name.endswith(".yaml"))
 
 
-def load(preset_or_file: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a preset or a YAML file, with ``key=value`` overrides applied in order.
+def load(
+    preset_or_file: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The config of a preset or a YAML file, with ``key=value`` overrides in order, then `values` by dotted key.
 
     Raises ValueError: unknown preset or key (with the nearest right one), wrong type or value, bad YAML.
     """
     source = str(preset_or_file)
     data = _read(preset_or_file)
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
+    for key, value in (values or {}).items():
+        _set(data, key, value)
     return parse(data, source)
 
 
@@ -393,7 +455,7 @@ def load_environment(environment: str, overrides: Sequence[str] = ()) -> RunConf
         return load(environment, overrides)
     data: dict[str, Any] = {"env": {"id": environment}}
     for override in overrides:
-        _override(data, override)
+        apply_override(data, override)
     return parse(data, environment)
 
 
@@ -412,6 +474,32 @@ def dumps(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def command(config: RunConfig) -> list[str]:
+    """The arguments of `raywm train` that give this config: the nearest preset and what differs from it."""
+    wanted, best = leaves(config), []  # type: dict[str, Any], list[str]
+    for name in presets():
+        there = leaves(load(name))
+        if there["algorithm"] != wanted["algorithm"]:
+            continue
+        values = {k: v for k, v in wanted.items() if v != there[k]}
+        given = [name, *(f"{k}={_flow(v)}" for k, v in values.items())]
+        if not best or len(given) < len(best):
+            best = given
+    return best
+
+
+def leaves(config: RunConfig) -> dict[str, Any]:
+    """Every dotted key and its value as YAML has it."""
+    data = config.model_dump(mode="json")
+    return {key: functools.reduce(lambda part, name: part[name], key.split("."), data) for key in keys()}
+
+
+def _flow(value: Any) -> str:
+    """A value as it stands behind the = of an override."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def save(config: RunConfig, path: str | Path) -> None:
     """Write the resolved config; whoever reads the file finds the old or the new one, never a part."""
     path = Path(path)
@@ -425,7 +513,7 @@ def save(config: RunConfig, path: str | Path) -> None:
 
 def diff_for_resume(old: RunConfig, new: RunConfig) -> None:
     """Raise ValueError, naming the key, if `new` changes anything that a resumed run may not change."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
     changed = [k for k in {**before, **after} if before.get(k) != after.get(k) and not _resumable(k)]
     if changed:
         key = changed[0]
@@ -440,14 +528,15 @@ def _resumable(key: str) -> bool:
     return any(key == r or (r.endswith(".*") and key.startswith(r[:-1])) for r in RESUMABLE)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted key; empty ones are left out."""
+    out: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            out |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            out[f"{prefix}{key}"] = value
+    return out
 
 
 def _preset_dir() -> Any:
@@ -470,10 +559,10 @@ def _read(preset_or_file: str | Path) -> dict[str, Any]:
     elif name in presets():
         text = _preset_dir().joinpath(f"{name}.yaml").read_text()
     else:
-        near = _nearest(name, presets())
+        near = nearest(name, presets())
         hint = f"did you mean '{near}'? " if near else ""
         raise ValueError(f"unknown preset '{name}'; {hint}presets: {', '.join(presets())}; a file ends in .yaml")
-    data = _yaml(text, name)
+    data = read_yaml(text, name)
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -481,7 +570,8 @@ def _read(preset_or_file: str | Path) -> dict[str, Any]:
     return data
 
 
-def _yaml(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds: plain data only. Raises ValueError that names `source` and the line."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -491,14 +581,18 @@ def _yaml(text: str, source: str) -> Any:
         raise ValueError(f"{source}: bad YAML{where}: {' '.join(str(problem).split())}") from None
 
 
-def _override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set what ``key=value`` says in nested dicts."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override: got '{override}', expected key=value, e.g. collect.workers=4")
-    value = _yaml(text, f"override '{override}'")
-    *path, last = key.split(".")
-    if not all([*path, last]):
+    if not all(key.split(".")):
         raise ValueError(f"override: got '{override}', expected a key like collect.workers")
+    _set(data, key, read_yaml(text, f"override '{override}'"))
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
     for depth, part in enumerate(path):
         if data.get(part) is None:
             data[part] = {}
@@ -508,7 +602,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
-def _nearest(name: str, choices: Sequence[str]) -> str | None:
+def nearest(name: str, choices: Sequence[str]) -> str | None:
+    """The choice that a mistyped name most likely means, if any."""
     exact_leaf = [c for c in choices if c.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     matches = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     if exact_leaf:
@@ -521,7 +616,7 @@ def _nearest(name: str, choices: Sequence[str]) -> str | None:
 
 
 def _unknown(key: str, note: str = "") -> str:
-    near = _nearest(key, [*keys(), *RunConfig.model_fields])
+    near = nearest(key, [*keys(), *RunConfig.model_fields])
     return f"unknown key '{key}'{note}" + (f"; did you mean '{near}'?" if near else "; see config.yaml of any run")
 
 
@@ -547,6 +642,7 @@ def _field(path: Sequence[str]) -> tuple[list[str], Any]:
 
 
 _EXPECTED = {
+    "string_pattern_mismatch": "letters, digits, '-', '_' and '.', beginning and ending with a letter or digit",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from raywm.agent import Agent
-from raywm.models.base import State, WorldModel
+from raywm.models.base import Noise, State, WorldModel
 from raywm.spaces import ActionCodec
 
 
@@ -71,6 +71,13 @@ class PopulationPolicy:
         return self.codec.squash(self.scores(features))
 
 
+def followed(model: WorldModel, state: State, obs: dict[str, np.ndarray], is_first: np.ndarray, noise: Noise) -> State:
+    """The posterior after what came (leaves (B, *)). `state`: of an agent, the model's and the last "action" (B, A)."""
+    before = {k: v for k, v in state.items() if k != "action"}
+    columns = {k: torch.from_numpy(np.require(v, requirements=("C", "W"))) for k, v in obs.items()}
+    return model.posterior(before, state["action"], columns, torch.from_numpy(is_first), noise)
+
+
 class ControllerAgent(Agent):
     """V, M and C acting in an environment: the posterior follows the observations, C reads its features.
 
@@ -103,16 +110,22 @@ class ControllerAgent(Agent):
     def initial(self, batch: int) -> State:
         return self.model.initial(batch) | {"action": torch.zeros(batch, self.codec.dim)}
 
-    @torch.inference_mode()
     def act(
         self, obs: dict[str, np.ndarray], state: State, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
     ) -> tuple[np.ndarray, State]:
         """Observations (B, *), the state, which rows begin (B,) -> environment actions (B, *shape) and the state."""
-        batch = len(is_first)
-        previous = {k: v for k, v in state.items() if k != "action"}
-        columns = {k: torch.from_numpy(np.require(v, requirements=("C", "W"))) for k, v in obs.items()}
-        noise = self.model.zero_noise(batch)
-        posterior = self.model.posterior(previous, state["action"], columns, torch.from_numpy(is_first), noise)
+        return self.step(obs, state, is_first, self.noise(rngs))
+
+    def noise(self, rngs: Sequence[np.random.Generator]) -> Noise:
+        """What ``act`` gives ``step`` for one generator a row: nothing random, z is the posterior's mean."""
+        return self.model.zero_noise(len(rngs))
+
+    @torch.inference_mode()
+    def step(
+        self, obs: dict[str, np.ndarray], state: State, is_first: np.ndarray, noise: Noise
+    ) -> tuple[np.ndarray, State]:
+        """``act`` with its randomness given."""
+        posterior = followed(self.model, state, obs, is_first, noise)
         scores = self.controller.scores(self._theta, self.model.features(posterior).unsqueeze(0)).squeeze(0)
         action = self.codec.squash(scores)
         return self.codec.decode(action.numpy()), posterior | {"action": action}

@@ -78,9 +78,13 @@ def open_loop_error(
     Returns:
         {"open_loop_k": error}: root mean square over windows and latent dimensions of the mean of `samples` dreams
         against what happened, in units of each dimension's spread (1 is no better than the mean of the data); nan
-        where no episode is long enough. Also "persist_k": the same for a guess that nothing changes.
+        where no episode is long enough. Also "persist_k": the same for a guess that nothing changes. Of a model
+        without a latent z the dimensions are those of its decoded vectors; {} where it decodes none.
     """
-    spread = np.concatenate([z["z_mean"] for z in latents]).std(0)
+    seen, imagined = _measured(model, episodes, latents)
+    if seen is None:
+        return {}
+    spread = np.concatenate(seen).std(0)
     varies = spread > 1e-4  # what never changes has no scale to measure errors in
     spread = spread[varies]
     out: dict[str, float] = {}
@@ -101,11 +105,23 @@ def open_loop_error(
             state = repeat(state, samples)
             for t in range(start + 1, start + k + 1):
                 state = model.imagine(state, action[t].expand(samples, -1), model.noise(samples, rng)).state
-            truth = z["z_mean"][start + k, varies]
-            errors.append(((state["z"].mean(0).numpy()[varies] - truth) / spread) ** 2)
-            still.append(((z["z_mean"][start, varies] - truth) / spread) ** 2)
+            truth = seen[i][start + k, varies]
+            errors.append(((imagined(state).mean(0)[varies] - truth) / spread) ** 2)
+            still.append(((seen[i][start, varies] - truth) / spread) ** 2)
         out |= {f"open_loop_{k}": float(np.sqrt(np.mean(errors))), f"persist_{k}": float(np.sqrt(np.mean(still)))}
     return out
+
+
+def _measured(
+    model: WorldModel, episodes: Sequence[Episode], latents: Sequence[dict[str, np.ndarray]]
+) -> tuple[list[np.ndarray] | None, Callable[[State], np.ndarray]]:
+    """What predictions are held against, (T, D) an episode, and what of a state (S, *) is held against it, (S, D)."""
+    if "z_mean" in latents[0]:
+        return [z["z_mean"] for z in latents], lambda state: state["z"].numpy()
+    decoded = model.decode(model.initial(1))
+    names = [name for name, column in decoded.items() if column.dtype != torch.uint8]
+    flat = lambda columns: np.concatenate([np.asarray(columns[n]).reshape(len(columns[n]), -1) for n in names], 1)  # noqa: E731
+    return [flat(e.obs) for e in episodes] if names else None, lambda state: flat(model.decode(state))
 
 
 def encoded_actions(episode: Episode, codec: ActionCodec) -> np.ndarray:

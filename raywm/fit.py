@@ -25,7 +25,8 @@ class Trainer:
     Args:
         model: the world model; warm-started from where the last fit left it.
         seed: the run's seed; every fit derives its streams from it and the iteration.
-        vision_steps, memory_steps: gradient steps of a fit at the most; refit: share of them after iteration 0;
+        vision_steps, memory_steps: gradient steps of a fit at the most (memory_steps of any phase but "vision");
+            refit: share of them after iteration 0;
             vision_batch (frames), batch x sequence (sequences x rows); lr, vision_lr: Adam's, by cosine to a tenth;
             held_out: share of episodes kept out;
         precision: of V's convolutions, fp32 | bf16 | auto (bf16 where the hardware multiplies it faster). M stays fp32.
@@ -53,7 +54,7 @@ class Trainer:
         precision: str = "auto",
     ):
         self.model, self.seed, self.device = model.to(device), seed, device
-        self.steps = {"vision": vision_steps, "memory": memory_steps}
+        self.steps = {p: vision_steps if p == "vision" else memory_steps for p in model.phases}
         self.vision_batch, self.batch, self.sequence = vision_batch, batch, sequence
         self.lr = {p: vision_lr if p == "vision" else lr for p in model.phases}
         self.refit = refit

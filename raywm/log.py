@@ -1,4 +1,4 @@
-"""Where a run says what happens: metrics.jsonl, TensorBoard events, and the console.
+"""Where a run says what happens: metrics.jsonl, TensorBoard events, the console, and what sinks there are.
 
 metrics.jsonl is the record: one JSON object a line, in the hands of the operating system when `write` returns.
 The TensorBoard events are made from it, and made anew when lines are taken back at a resume.
@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -137,14 +137,26 @@ def _clock(seconds: float) -> str:
 
 
 class RunLog:
-    """A run's log in directory `out`. Opening cuts off a last line that a killed run left unfinished."""
+    """A run's log in directory `out`. Opening cuts off a last line that a killed run left unfinished.
 
-    def __init__(self, out: str | Path, tensorboard: bool = True, console: bool = True, stream: TextIO | None = None):
+    `sinks`: who else hears of every line, see ``raywm.sinks``; closed with the log.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        tensorboard: bool = True,
+        console: bool = True,
+        stream: TextIO | None = None,
+        sinks: Sequence[Any] = (),
+    ):
         self.out = Path(out)
         self.path = self.out / "metrics.jsonl"
         self.console = Console(console, stream)
         self._events = _Events(self.out / "tensorboard") if tensorboard else None
+        self._sinks, self._failed = list(sinks), False
         self._counts: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()  # lines of each kind that the sinks had heard of before a resume
         self.rows = 0
         with clear_disk_errors(self.path):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -171,6 +183,7 @@ class RunLog:
     def truncate(self, rows: int) -> None:
         """Keep the first `rows` lines: what a killed run wrote after its last checkpoint will be written again."""
         if rows < self.rows:
+            self._told = self._told | self._counts  # the larger of both
             self._cut(rows)
             if self._events is not None:
                 self._events.clear()
@@ -190,16 +203,33 @@ class RunLog:
         """Context manager of a Bar: .advance(n), .set(**fields)."""
         return self.console.progress(description, total)
 
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Tell the sinks how the run ended."""
+        self._tell(lambda sink: sink.finish(plain(summary)))
+
     def close(self) -> None:
         self._file.close()
         if self._events is not None:
             self._events.close()
+        self._tell(lambda sink: sink.close(self._failed))
+        self._sinks = []
 
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        self._failed = kind is not None
         self.close()
+
+    def _tell(self, word: Callable[[Any], None]) -> None:
+        """To every sink; one that raises is heard of once and let go: metrics.jsonl has everything."""
+        for sink in list(self._sinks):
+            try:
+                word(sink)
+            except Exception as error:
+                self._sinks.remove(sink)
+                said = f"{type(error).__name__}: {error}"
+                warnings.warn(f"{type(sink).__name__} hears no more of this run: {said}", stacklevel=2)
 
     def _cut(self, rows: int | None) -> None:
         """Keep `rows` lines, or all that end in a newline; count them."""
@@ -225,7 +255,21 @@ class RunLog:
     def _count(self, row: dict[str, Any]) -> None:
         if self._events is not None:
             self._events.write(row, self._counts[row["kind"]])
+        step = self._counts[row["kind"]]
+        if step >= self._told[row["kind"]]:
+            self._tell(lambda sink: sink.write(row, step))
         self._counts[row["kind"]] += 1
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that is being written at this moment is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
 
 
 class _Events:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from raywm.bench import collect, common, dream, dreamer, flops, memory, replay, scale
+from raywm import config as configs
+from raywm.bench import collect, common, dream, dreamer, flops, memory, replay, scale, serve
 from raywm.bench.collect import FAST, FLOOR, PLAIN, POLICY, RAYWM, RLLIB, Heard
 from raywm.config import EnvConfig
 from raywm.data.episode import validate
@@ -259,3 +260,32 @@ def test_dreamer_refuses_what_it_cannot_measure():
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             dreamer.main(gpu=True)
+
+
+@pytest.mark.slow
+def test_serve(ray_session, tmp_path, capsys):
+    out = tmp_path / "s.json"
+    serve.main(["cartpole"], seconds=0.3, turns=2, out=out)
+    said, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "to the last bit" in said and "wanted 2,000" in said
+    for rows, found in result["presets"]["cartpole"].items():
+        assert rows in ("16", "1") and found["answers_checked"] > 0
+        assert set(found["decisions_per_second"]) == {serve.RAYWM, serve.ECHO, serve.LOCAL}
+        assert all(map(is_spread, [*found["decisions_per_second"].values(), *found["ratios"].values()]))
+        assert all(is_spread(value) for who in found["seconds_a_request"].values() for value in who.values())
+
+
+def test_an_answer_that_is_not_the_local_agent_s_is_counted(tmp_path):
+    run = serve.untrained(tmp_path / "run", configs.load("dreamer-cartpole"))
+    service = serve.Service(run)
+    (client, *_) = serve.clients_of(service.columns, 2)
+    state = b""
+    for body in client.bodies[:4]:
+        (answer,) = service.act([service.read_act(body + state + b"}")])
+        state = b"," + answer[answer.index(b'"state":') : answer.index(b"]", answer.index(b'"state":')) + 1]
+        client.answers.append(answer)
+    assert serve.wrong(service, [client], 2) == 0
+    told = json.loads(client.answers[2])
+    told["state"].reverse()
+    client.answers[2] = json.dumps(told).encode()
+    assert serve.wrong(service, [client], 2) == 1

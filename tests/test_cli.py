@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -37,6 +36,7 @@ class World:
         self.module("raywm.agent", load_agent=lambda run: types.SimpleNamespace(agent=f"agent of {run}"))
         self.module("raywm.evaluate", evaluate=self.evaluate)
         self.module("raywm.loops.parts", Parts=lambda config: None)
+        self.module("raywm.loops.shared", share=lambda config, out: None)
         self.module("raywm.bench.dream", main=lambda **options: self.calls.append(("bench", options)))
 
     def module(self, name, **content):
@@ -269,6 +269,7 @@ def test_the_real_command_stops_at_a_signal(tmp_path, sent):
         "    def __enter__(self): return self\n"
         "    def __exit__(self, *a): pass\n"
         "parts = {'loops.vmc': {'train': train}, 'loops.executor': {'InProcess': E}, 'loops.parts': {'Parts': id}}\n"
+        "parts['loops.shared'] = {'share': lambda *a: None}\n"
         "for name, content in parts.items():\n"
         "    module = sys.modules['raywm.' + name] = types.ModuleType(name); vars(module).update(content)\n"
         "from raywm.cli import main\n"
@@ -283,8 +284,8 @@ def test_the_real_command_stops_at_a_signal(tmp_path, sent):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     try:
-        while process.stdout.readline().strip() != "training":
-            time.sleep(0.01)
+        while (line := process.stdout.readline()).strip() != "training":
+            assert line, process.stderr.read()
         process.send_signal(sent)
         _, said = process.communicate(timeout=20)
     finally:

@@ -9,10 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from test_replay import Memory
 
 from raywm import config as configs
 from raywm.agent import Agent
 from raywm.data.batch import Batch, blank
+from raywm.data.episode import Episode
+from raywm.data.replay import Replay
 from raywm.learners.actor import Actor
 from raywm.learners.dreamer import DreamerLearner, Percentiles, lambda_return, rows, split
 from raywm.learners.dreamer_agent import DreamerAgent
@@ -39,7 +42,7 @@ def make(action="discrete", columns=VECTOR, B=4, T=6, seed=0, rank=0, ranks=1, *
     codec = ActionCodec(SPACES[action])
     data = {"algorithm": "dreamer", "env": {"id": "none"}, "dreamer": {"precision": "fp32", "horizon": 4}}
     for key, value in settings.items():
-        configs._override(data, f"{key.replace('__', '.')}={value}")
+        configs.apply_override(data, f"{key.replace('__', '.')}={value}")
     config = configs.parse(data)
     spec = dreamer_specification(config, columns, codec)
     return DreamerLearner(spec, 0, rank=rank, ranks=ranks), batch_of(
@@ -209,6 +212,82 @@ def test_posterior_folded_over_an_episode_gives_the_states_of_the_loss():
             state = model.posterior(state, batch.action[:, t], obs, batch.is_first[:, t], at)
             for name, leaf in fit.states.items():
                 assert torch.allclose(leaf.view(B, T, -1)[:, t], state[name], atol=1e-5), (name, t)
+
+
+@pytest.mark.parametrize("latent", ["categorical", "gaussian"])
+def test_packed_states_come_back(latent):
+    learner, batch = make(rssm__latent=latent)
+    learner.update(batch)
+    state = learner.states
+    packed = learner.model.pack(state)
+    again = learner.model.unpack(packed)
+    assert torch.allclose(again["deter"], state["deter"], atol=5e-4) and again["deter"].dtype == torch.float32
+    if latent == "categorical":
+        assert torch.equal(again["stoch"], state["stoch"])
+        assert sum(v[0, 0].numpy().nbytes for v in packed.values()) == 128 * 2 + 16
+    else:
+        assert torch.allclose(again["stoch"], state["stoch"], rtol=1e-3)
+    assert {k: v.shape for k, v in learner.latents().items()} == {k: v.flatten(0, 1).shape for k, v in packed.items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sequences_start_from_what_was_written_back(accumulate):
+    """One pass over an episode, its windows one after another: each begins where folding from its first row leads."""
+    learner, _ = make(dreamer__accumulate=accumulate)
+    learner.model.noise = lambda batch, rng: learner.model.zero_noise(batch)
+    learner.optimiser.step = lambda: torch.zeros(())  # the weights stay
+    codec = ActionCodec(SPACES["discrete"])
+    rng, rows_ = np.random.default_rng(3), np.arange(41)
+    episodes = [
+        Episode(
+            id=f"e-{n}",
+            obs={"vector": rng.normal(size=(41, 4)).astype(np.float32)},
+            action=np.where(rows_ > 0, rng.integers(3, size=41), 0),
+            reward=np.zeros(41, np.float32),
+            is_first=rows_ == 0,
+            is_last=rows_ == 40,
+            is_terminal=rows_ == 41,
+            info={},
+        )
+        for n in range(2)
+    ]
+    at = 0
+
+    def draw_at(side, n, T, rng):  # both episodes, from row `at` on
+        return np.arange(2), np.full(2, at), None
+
+    truth, state = [], learner.model.initial(2)
+    replay = Replay(Memory(episodes), codec, cross=True, context=1)
+    replay._rows = draw_at
+    whole = replay.sample(2, 41, rng)
+    with torch.no_grad():
+        for t in range(41):
+            obs, first = {"vector": whole.obs["vector"][:, t]}, whole.is_first[:, t]
+            state = learner.model.posterior(state, whole.action[:, t], obs, first, learner.model.zero_noise(2))
+            truth.append(state)
+    began, loss = [], learner.model.loss
+
+    def seen(batch, *args, **kwargs):
+        began.append(batch.start)
+        return loss(batch, *args, **kwargs)
+
+    learner.model.loss = seen
+    for write in (True, False):
+        replay = Replay(Memory(episodes), codec, cross=True, context=1)
+        replay._rows = draw_at
+        for at in range(0, 40, 8):
+            began.clear()
+            batch = replay.sample(2, 9, rng)
+            assert (batch.known is not None and bool(batch.known.all())) == (write and at > 0)
+            learner.update(batch)
+            start = {k: torch.cat([b[k] for b in began]) for k in state}
+            off = {k: (start[k] - v).abs().max().item() for k, v in truth[at].items()}
+            if write or at == 0:
+                assert off["deter"] < 2e-3 and off["stoch"] == 0, (at, off)
+            if write:
+                replay.write(batch.rows[:, 1:].reshape(-1), {k: v.numpy() for k, v in learner.latents().items()})
+            elif at:
+                assert off["deter"] > 0.05  # one row of context from nothing is not enough
 
 
 def test_first_rows_forget_everything():
@@ -535,3 +614,22 @@ def test_gaussian_rssm_approaches_the_kalman_filter():
     got, best, naive = (np.mean((p - truth) ** 2) for p in (predicted, kalman(y, action)[:, 5:], y[:, 4:-1]))
     assert best < 0.75 * naive
     assert got < 1.1 * best, (got, best, naive)
+
+
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_the_size_of_what_comes_in_gets_through_the_norms(blocks):
+    """A norm behind a layer without bias sees a single number's sign, and whether a flat patch is light or dark."""
+    torch.manual_seed(0)
+    columns = {"speed": ((1,), False), "image": ((16, 16, 1), True)}
+    model = RSSM(columns, 1, deter=64, stoch=4, classes=4, units=32, hidden=32, blocks=blocks)
+    speed, image = torch.zeros(4, 1), torch.full((4, 16, 16, 1), 128, dtype=torch.uint8)
+    speed[1], image[3] = 3.0, 255
+    speed[0], image[2] = 0.5, 160  # rows 0 and 1, 2 and 3 differ by nothing but size
+    obs = {"speed": speed, "image": image}
+    with torch.no_grad():
+        tokens = model.encoder(obs)
+        vector, image = tokens.split([32, tokens.shape[1] - 32], -1)
+        assert (vector[0] - vector[1]).abs().max() > 0.1
+        assert (image[2] - image[3]).abs().max() > 0.1
+        acted = model.core.from_action(torch.tensor([[0.1], [1.0]]))
+    assert (acted[0] - acted[1]).abs().max() > 0.1

@@ -10,7 +10,7 @@ from pathlib import Path
 import raywm
 
 ROOT = Path(raywm.__file__).parent
-RAY_ALLOWED = ("runtime/", "bench/", "envs/", "tune.py", "serve.py", "cli.py")
+RAY_ALLOWED = ("runtime/", "bench/", "rllib.py", "tune.py", "serve.py", "cli.py")
 
 
 def imported(path: Path) -> set[str]:

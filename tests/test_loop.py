@@ -64,7 +64,11 @@ def run(config, out, executor=InProcess, **options):
 
 def rows(out, kind=None):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "time"} for row in lines if kind in (None, row["kind"])]
+    return [
+        {k: v for k, v in row.items() if k not in ("time", "wall_seconds")}
+        for row in lines
+        if kind in (None, row["kind"])
+    ]
 
 
 def outcome(out):
@@ -492,7 +496,7 @@ def predict_bifurcation(episodes, steps):
     (N,) that its mixtures give to either branch (0.2 around it) on the N of them past the boundary.
     """
     codec = ActionCodec(BifurcationEnv().action_space)
-    settings = dict(configs.parse({"env": {"id": "raywm/Bifurcation-v0"}}).model)
+    settings = configs.parse({"env": {"id": "raywm/Bifurcation-v0"}}).model.model_dump(exclude={"kind", "kwargs"})
     torch.manual_seed(0)
     model = build_model(kind="vm", columns={"vector": ((2,), False)}, act_dim=codec.dim, **settings)
     trainer = Trainer(model, 0, memory_steps=steps, batch=64, lr=3e-3, patience=30)

@@ -43,7 +43,7 @@ class CountingLearner:
     """Counts its updates; its weights are their number."""
 
     def __init__(self, seconds, ranks):
-        self.seconds, self.ranks, self.updates = seconds, ranks, 0
+        self.seconds, self.ranks, self.updates, self.known = seconds, ranks, 0, 0
 
     def update(self, batch):
         assert batch.reward.shape == (BATCH // self.ranks, SEQUENCE + 1)
@@ -51,9 +51,16 @@ class CountingLearner:
             torch.distributed.all_reduce(total := torch.ones(1))
             assert total.item() == self.ranks
         assert (batch.reward > 0)[~batch.is_first].all()  # a row of a counting environment
+        self.rows = batch.obs["vector"][:, 1:]
+        if batch.stored is not None:  # its states are the rows' own observations, which tell every row from all others
+            assert torch.equal(batch.stored["row"][batch.known], batch.obs["vector"][:, 0][batch.known])
+            self.known += int(batch.known.sum())
         time.sleep(self.seconds)
         self.updates += 1
-        return {"updates_mean": torch.tensor(float(self.updates))}
+        return {"updates_mean": torch.tensor(float(self.updates)), "known": torch.tensor(float(self.known))}
+
+    def latents(self):
+        return {"row": self.rows.flatten(0, 1).clone()}
 
     def tensors(self):
         return {"updates": torch.tensor(self.updates)}
@@ -90,6 +97,9 @@ class CountingParts(OnlineParts):
 
     def learner(self, rank=0, ranks=1):
         return CountingLearner(self.seconds, ranks)
+
+    def check(self, tensors, where, made_by):
+        assert set(tensors) and where.is_dir()
 
     def agent(self, policy, version, greedy=False):
         return CountingAgent(self.codec, policy, version)
@@ -323,6 +333,7 @@ def test_collectors_and_a_learner_die_on_ray(ray_session, tmp_path):
 
     loop, summary = run(config, tmp_path, ray_online, SlowParts(config), watch)
     assert summary["worker_deaths"] == 2
+    assert rows_of(tmp_path, "train")[-1]["known"] > 0  # states came back through the shard, to the right rows
     assert 6000 - 4 < summary["real_env_steps"] <= 6000
     assert 0.98 * RATIO <= summary["train_ratio"] <= RATIO
     assert summary["updates"] == int(checkpoint.load(tmp_path / "checkpoints").tensors["learner"]["updates"])
@@ -364,7 +375,7 @@ def test_the_driver_is_killed(ray_session, tmp_path):
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], env=env, start_new_session=True)
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180
         while saved_steps(tmp_path) < 500:
             assert driver.poll() is None and time.monotonic() < until
             time.sleep(0.05)

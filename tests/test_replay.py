@@ -403,6 +403,8 @@ def test_an_index_is_its_brute_force(events, random):
         slot, row = index.draw_rows(lambda n, N: rng.integers(N, size=n), 50)
         for s, r in zip(slot.tolist(), row.tolist()):
             assert index.key(s, r) == rows[index.ids[s]][r]
+            n = random.randint(1, len(rows[index.ids[s]]) - r)
+            assert index.keys(s, r, n).tolist() == rows[index.ids[s]][r : r + n]
         for id, keys in rows.items():
             slot, row = index.find(np.array(keys))
             assert {index.ids[s] for s in slot.tolist()} == {id} and row.tolist() == list(range(len(keys)))
@@ -432,6 +434,117 @@ def test_a_day_of_appends_does_not_grow():
         assert index.rows == 21 * len(kept) and index.pieces.size < 3 * 500 and len(index.ids) < 500
     assert index.collected == 210_000 and all(len(c) < 3000 for c in index.pieces._columns.values())
     assert set(index.slots) == {f"e{k}" for k in kept}
+
+
+# What a model knows of the rows
+
+
+def known_rows(batch):
+    """(B, T, 2) the number of the episode and the row of every row, and the flat keys and states of all but context."""
+    who = batch.obs["vector"]
+    return batch.rows[:, 1:].reshape(-1), {"who": who[:, 1:].flatten(0, 1).clone().numpy()}
+
+
+def check(batch, context=1):
+    """Hold what is stored against the rows it belongs to. Returns how many sequences had something."""
+    if batch.stored is None:
+        return 0
+    last = batch.obs["vector"][:, context - 1]
+    assert torch.equal(batch.stored["who"][batch.known], last[batch.known])
+    assert not batch.stored["who"][~batch.known].any()
+    return int(batch.known.sum())
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("mode", ["steps", "prioritized"])
+def test_states_come_back_with_the_rows_they_were_written_for(mode, cross, rng):
+    store = Memory()
+    replay = Replay(store, CODEC, mode, cross=cross, context=1)
+    episodes = [make(n, 5 + n % 20) for n in range(40)]
+    for first in range(0, 40, 8):  # interleaved, in pieces of 3 rows
+        for start in range(0, 27, 3):
+            for episode in episodes[first : first + 8]:
+                if start < len(episode):
+                    store.add(episode, start, min(start + 3, len(episode)))
+    batch = replay.sample(16, 8, rng)
+    assert batch.stored is None and batch.known is None and batch.rows.shape == (16, 8)
+    assert (batch.rows == -1).sum() == (~batch.mask).sum()
+    seen = [check(batch)]
+    for _ in range(60):
+        replay.write(*known_rows(batch))
+        batch = replay.sample(16, 8, rng, out=batch)
+        seen.append(check(batch))
+    assert seen[1] < 16 and sum(seen[-10:]) > 100
+
+
+def test_the_last_row_of_the_context_counts(rng):
+    store = Memory([make(n, 30) for n in range(4)])
+    replay = Replay(store, CODEC, cross=True, context=3)
+    for _ in range(30):
+        batch = replay.sample(8, 7, rng)
+        check(batch, 3)
+        replay.write(batch.rows[:, 3:].reshape(-1), {"who": batch.obs["vector"][:, 3:].flatten(0, 1).clone().numpy()})
+    assert check(replay.sample(50, 7, rng), 3) > 20
+    with pytest.raises(ValueError, match="sequences of 3 rows, expected more than the 3 of context"):
+        replay.sample(8, 3, rng)
+
+
+def test_states_of_what_is_gone_are_forgotten(rng):
+    """The chunks of evicted rows are freed; what comes late for them is passed over, and meets no other row."""
+    store = Memory()
+    replay, late = Replay(store, CODEC, cross=True, context=1), []
+    for n in range(400):
+        store.add(make(n, 99))
+        if n >= 100:
+            store.drop(make(n - 100).id)
+        if n > 2:
+            batch = replay.sample(16, 60, rng)
+            check(batch)
+            late.append(known_rows(batch))
+        if len(late) > 30:
+            replay.write(*late.pop(0))
+    rows = 10_000 + 2 * 4096  # and two chunks that are partly gone
+    assert 0 < replay.latent_bytes <= rows * 9
+    assert check(replay.sample(200, 20, rng)) > 100
+    for n in range(300, 400):
+        store.drop(make(n).id)
+    assert replay.latent_bytes == 0
+    for told in late:
+        replay.write(*told)
+    assert replay.latent_bytes == 0
+
+
+def test_states_of_another_replay_are_passed_over(rng):
+    """One that is made again with another number, as of a shard that was restarted, has its rows at other keys."""
+    store = Memory([make(n, 20) for n in range(9)])
+    before = Replay(store, CODEC, cross=True, context=1, shard=1)
+    old = before.sample(64, 10, rng)
+    store.drop(make(0).id)
+    after = Replay(store, CODEC, cross=True, context=1, shard=3)
+    after.write(*known_rows(old))
+    assert after.latent_bytes == 0 and not after.sample(8, 10, rng).known.any()
+    new = after.sample(64, 10, rng)
+    after.write(*known_rows(new))
+    after.write(np.full(3, -1), {"who": np.ones((3, 2), np.float32)})  # padding
+    parts = [after.sample(32, 10, rng), before.sample(32, 10, rng)]
+    both = merge(parts)
+    assert set(shards_of(both.rows).flatten().tolist()) == {1, 3}
+    assert check(both) > 5 and not both.known[32:].any()
+    assert merge(parts[::-1]).known.tolist() == [False] * 32 + parts[0].known.tolist()
+
+
+def test_states_that_do_not_fit_are_refused(rng):
+    replay = Replay(Memory([make(0, 20)]), CODEC, context=1)
+    keys, states = known_rows(replay.sample(4, 6, rng))
+    replay.write(keys, states)
+    with pytest.raises(ValueError, match=r"got states .*\(3,\).*expected.*\(2,\)"):
+        replay.write(keys, {"who": np.zeros((20, 3), np.float32)})
+    with pytest.raises(ValueError, match="expected 20, as many"):
+        replay.write(keys, {"who": states["who"][:5]})
+    with pytest.raises(ValueError, match=r"context=1\) keeps states"):
+        Replay(Memory([make(0, 20)]), CODEC).write(keys, states)
+    with pytest.raises(ValueError, match="context=-1"):
+        Replay(Memory(), CODEC, context=-1)
 
 
 # Held-out episodes, incomplete ones, damage

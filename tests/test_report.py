@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,7 +110,10 @@ def test_page_is_whole_and_offline(run, page):
     for title in ("How far to trust this dream", "Fitness and reality", "Training V and M", "The latent space"):
         assert title in page
     assert "could not be drawn" not in page and "Not there yet" not in page
-    assert f"raywm train {run / 'config.yaml'} --out {run}-again" in page
+    (again,) = re.findall("<code>raywm (train .*)</code>", page)
+    _, name, *given = shlex.split(html.unescape(again))
+    assert given[-2:] == ["--out", f"{run}-again"]
+    assert configs.load(name, given[:-2]) == configs.load(run / "config.yaml")
     assert plots.png(np.zeros((2, 2, 3), np.uint8)).startswith("data:image/png;base64,")
     assert not re.findall(r'(?:src|href)="(?:https?:)?//', page)
     assert "@import" not in page and "<script" not in page
@@ -214,7 +219,7 @@ def test_foreign_model_is_a_clear_error(run, tmp_path):
     part = tmp_path / "run"
     shutil.copytree(run, part)
     (part / "config.yaml").write_text((part / "config.yaml").read_text().replace("hidden: 16", "hidden: 24"))
-    with pytest.raises(ValueError, match="does not fit this raywm"):
+    with pytest.raises(ValueError, match="holds other parameters than raywm .* of another shape is memory"):
         load_agent(part)
 
 
@@ -236,9 +241,9 @@ def test_replays_begin_in_reality(run):
     of = Run(run)
     episode = max(of.held_out, key=len)
     replay = measure.replay(of, episode, 10, 5)
-    start = measure.decode(of.model, replay.z[0])["vector"]
+    start = replay.decoded(of.model)["vector"][0]
     np.testing.assert_allclose(start, np.repeat(episode.obs["vector"][:1], 5, 0), atol=1e-5)
-    assert replay.z.shape[:2] == (min(10, len(episode)), 5)
+    assert replay.states["z"].shape[:2] == (min(10, len(episode)), 5)
     assert (np.diff(replay.alive, axis=0) <= 0).all()
 
 

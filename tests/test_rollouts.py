@@ -13,6 +13,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 from raywm.agent import Agent, RandomAgent
 from raywm.collect import Collector
@@ -20,6 +21,7 @@ from raywm.config import CollectConfig, EnvConfig, ReplayConfig, parse
 from raywm.data.dataset import Dataset
 from raywm.data.episode import join, to_table
 from raywm.data.mirror import Mirror, claim
+from raywm.data.shards import shards_of
 from raywm.data.store import EpisodeStore
 from raywm.envs.classic import check_counting
 from raywm.loops.parts import in_order
@@ -451,7 +453,16 @@ def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
     shards = Shards(tmp_path, here.columns, here.codec, names)
     for n, episode in enumerate(episodes[:40]):
         ray_session.get(shards.actors[n % 4 == 0].add.remote(to_table(episode)))
-    replay = ShardedReplay(shards, mode="prioritized")
+    replay = ShardedReplay(shards, mode="prioritized", context=1)
+
+    def written(batch):
+        """Write every row's own observation as its state, and hold what came with the batch against its rows."""
+        states = {"row": batch.obs["vector"].flatten(0, 1).clone().numpy()}
+        known = torch.zeros(0, dtype=torch.bool) if batch.known is None else batch.known
+        if batch.stored is not None:
+            assert torch.equal(batch.stored["row"][known], batch.obs["vector"][known, 0])
+        return (batch.rows.reshape(-1), states), {id for id, k in zip(batch.ids, known.tolist()) if k}
+
     rows = [sum(len(e) for n, e in enumerate(episodes[:40]) if (n % 4 == 0) == side) for side in (False, True)]
     assert len(replay) == sum(rows)
     rng = np.random.default_rng(0)
@@ -466,11 +477,13 @@ def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
             int((by_id[id].obs["vector"] == batch.obs["vector"][b, 0].numpy()).all(1).argmax()),
         )
         assert np.array_equal(batch.obs["vector"][b, :n], by_id[id].obs["vector"][start : start + n])
+    replay.write(*written(batch)[0])
     replay.update(batch.keys, np.where([of[id] for id in batch.ids], 100.0, 1e-3))
     mass = [m for _, m in replay._ask("mass")]
     assert mass[1] > mass[0]
     replay.sample(256, 5, rng)  # the shards' masses come with the batches: one is drawn by the old ones
     again = replay.sample(256, 5, rng)
+    assert {of[id] for id in written(again)[1]} == {False, True}
     assert sum(of[id] for id in again.ids) > 128 and again.weight.min() < again.weight.max() == 1
 
     with Prefetch(replay, 8, 5, np.random.default_rng(1), depth=2) as ahead:
@@ -486,9 +499,16 @@ def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
     shards.close()
     shards = Shards(tmp_path, here.columns, here.codec, names)
     try:
-        restored = ShardedReplay(shards, until=json.loads(json.dumps(mark)), mode="prioritized")
+        restored = ShardedReplay(shards, until=json.loads(json.dumps(mark)), mode="prioritized", context=1)
         batch = restored.sample(64, 4, rng)
+        restored.write(*written(batch)[0])
         ray_session.kill(shards.actors[0], no_restart=False)
+        before = set(shards_of(batch.rows[:, 0]).tolist())
+        while before <= set(shards_of(restored.sample(64, 4, rng).rows[:, 0]).tolist()):  # until it has begun again
+            time.sleep(0.05)
+        restored.write(*written(batch)[0])  # of the shard that was restarted these are keys of before
+        known = {of[id] for _ in range(10) for id in written(restored.sample(64, 4, rng))[1]}
+        assert known == {True}
         seen = {id for _ in range(20) for id in restored.sample(64, 4, rng).ids}
         rows = restored._ask("mass")
         restored.update(batch.keys, np.full(64, 9.0))  # of the shard that lives those count, of the other none
@@ -649,7 +669,7 @@ def test_a_restarted_shard_knows_what_was_to_come_later(tmp_path):
 
     def seen(shard):
         return set().union(
-            *(set(shard.sample(law, 64, 3, int(s), False, None)[1]) for s in rng.integers(2**31, size=8))
+            *(set(shard.sample(law, 64, 3, int(s), False, None)[0][1]) for s in rng.integers(2**31, size=8))
         )
 
     shard = shard_at(tmp_path, here)
@@ -667,7 +687,7 @@ def test_a_restarted_shard_knows_what_was_to_come_later(tmp_path):
     for episode in episodes[20:]:
         shard.add(to_table(episode))
     assert seen(shard) == names[0] | names[2]
-    old = shard.sample(law, 64, 3, 0, False, None)[2]
+    old = shard.sample(law, 64, 3, 0, False, None)[0][2]
     shard.close()
 
     shard = shard_at(tmp_path, here)  # the actor alone was restarted
@@ -680,7 +700,7 @@ def test_a_restarted_shard_knows_what_was_to_come_later(tmp_path):
     before = shard.mass(law)
     shard.update(law, old, np.full(64, 50.0))  # these keys now name other rows
     assert shard.mass(law) == before
-    shard.update(law, shard.sample(law, 64, 3, 0, False, None)[2], np.full(64, 50.0))
+    shard.update(law, shard.sample(law, 64, 3, 0, False, None)[0][2], np.full(64, 50.0))
     assert shard.mass(law) != before
     shard.release(law)
     assert seen(shard) & names[1]

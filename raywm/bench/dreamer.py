@@ -45,10 +45,10 @@ SPACES = {
     "image": gym.spaces.Box(0, 255, (64, 64, 3), np.uint8),
 }
 RLLIB, SQUARE = "RLlib XS", 2048
-# RLlib XS is 256 wide everywhere, with a GRU and one hidden layer. With the same widths raywm has a few parameters
-# fewer, for RLlib's first state is learned and its decoder's first layer has biases; a larger state makes up for them.
+# RLlib XS is 256 wide everywhere, with a GRU and one hidden layer: on vectors the same number of parameters exactly.
+# On images the same widths have fewer than RLlib, for which a greater depth makes up.
 LIKE_XS = [
-    *("rssm.deter=264", "rssm.units=256", "rssm.hidden=256", "rssm.stoch=32", "rssm.classes=32", "rssm.blocks=1"),
+    *("rssm.deter=256", "rssm.units=256", "rssm.hidden=256", "rssm.stoch=32", "rssm.classes=32", "rssm.blocks=1"),
     *("rssm.depth=34", "dreamer.actor_layers=1"),
 ]
 SIZE_1M = ["rssm.size=1M", "dreamer.actor_layers=3"]
@@ -70,7 +70,7 @@ def made(
     columns, codec = {"obs": SPACES[what]}, ActionCodec(gym.spaces.Discrete(ACTIONS))
     data: dict[str, Any] = {"algorithm": "dreamer", "env": {"id": "CartPole-v1"}}
     for override in (f"dreamer.horizon={HORIZON}", *overrides):
-        configs._override(data, override)
+        configs.apply_override(data, override)
     config = configs.parse(data)
     spec = dreamer_specification(config, columns, codec)
     return DreamerLearner(spec, 0, device), random_batch(what, shape[0], shape[1] + config.dreamer.context).to(device)

@@ -13,6 +13,8 @@ import torch
 
 from raywm.bench.common import Say, Work, cores, machine
 from raywm.bench.flops import Products
+from raywm.config import EnvConfig
+from raywm.rllib import REAL, register
 
 MODULE = "default_policy"
 SIZE, RATIO = "XS", 1024  # of its tuned example for CartPole-v1
@@ -78,13 +80,17 @@ def works(observation: gym.spaces.Box, actions: int, shape: tuple[int, int], hor
     return {"facts": lambda: facts, "update": work}  # type: ignore[dict-item, return-value]
 
 
-def learn(seconds: float, seed: int, say: Say) -> dict[str, Any]:
-    """Its whole algorithm on CartPole-v1 with its tuned settings, for so long: what it played, in real steps and time.
+def learn(
+    seconds: float, seed: int, say: Say, env: EnvConfig | None = None, target: float | None = None
+) -> dict[str, Any]:
+    """Its whole algorithm with its settings for CartPole-v1, for so long, or until the mean of 20 episodes is `target`:
+    what it played, in real steps and time. `env`: CartPole-v1 where None.
 
     Returns:
         "episodes": [real steps so far, seconds so far, return] of each, where several end in one iteration (as in its
         first, of random actions) their mean; "mean_20" of the last 20 and "best_mean_20" of any 20 in a row, None
-        before there are as many; "env_steps", "updates" and "seconds" (without starting up).
+        before there are as many; "reached": whether that was the target; "env_steps", "updates" and "seconds" (without
+        starting up).
     """
     import ray
     from ray.rllib.algorithms.dreamerv3 import DreamerV3Config
@@ -94,15 +100,17 @@ def learn(seconds: float, seed: int, say: Say) -> dict[str, Any]:
     facts = machine("ray", "torch")
     started = not ray.is_initialized()
     connect(None, 1)
-    config = DreamerV3Config().environment("CartPole-v1").debugging(seed=seed)
+    register()
+    env = env or EnvConfig(id="CartPole-v1")
+    config = DreamerV3Config().environment(REAL, env_config=env.model_dump(mode="json")).debugging(seed=seed)
     config.training(model_size=SIZE, training_ratio=RATIO).learners(num_learners=0)
     torch.set_num_threads(cores())
     algorithm = config.build_algo()
     episodes: list[tuple[int, float, float]] = []
-    steps, updates, seen, told = 0, 0, 0, 0.0
+    steps, updates, seen, told, reached = 0, 0, 0, 0.0, False
     start = time.monotonic()
     try:
-        while (spent := time.monotonic() - start) < seconds:
+        while not reached and (spent := time.monotonic() - start) < seconds:
             result = algorithm.train()
             played = result["env_runners"]
             steps = int(played["num_env_steps_sampled_lifetime"])
@@ -110,6 +118,8 @@ def learn(seconds: float, seed: int, say: Say) -> dict[str, Any]:
             if (count := int(played.get("num_episodes_lifetime", 0))) > seen:  # it smooths over one episode
                 seen, spent = count, time.monotonic() - start
                 episodes.append((steps, round(spent, 2), float(played["episode_return_mean"])))
+                last = [e[2] for e in episodes[-20:]]
+                reached = target is not None and len(last) == 20 and sum(last) / 20 >= target
             if spent - told > 60:
                 told = spent
                 say(f"{spent:.0f} s, {steps} steps, last returns {[e[2] for e in episodes[-5:]]}")
@@ -121,8 +131,9 @@ def learn(seconds: float, seed: int, say: Say) -> dict[str, Any]:
     means = [float(np.mean(returns[i : i + 20])) for i in range(len(returns) - 19)]
     return {
         "machine": facts,
-        "settings": {"model_size": SIZE, "training_ratio": RATIO, "seed": seed, "environment": "CartPole-v1"},
+        "settings": {"model_size": SIZE, "training_ratio": RATIO, "seed": seed, "environment": env.id},
         "seconds": time.monotonic() - start,
+        "reached": reached,
         "env_steps": steps,
         "updates": updates,
         "episodes": episodes,

@@ -28,24 +28,38 @@ class Batch:
     mask: Tensor  # (B, T) bool: False on padding
     weight: Tensor  # (B,) float32: the weight of a sequence in the loss
     ids: list[str]  # the episode of each sequence; of one that crosses into others, its first row's
-    start: dict[str, Tensor] | None = None  # a stored State for row 0 (online loops), or None
+    start: dict[str, Tensor] | None = None  # the State before row 0, or None for a model's initial one
     keys: np.ndarray | None = None  # (B,) int64, of a prioritised replay: names the sequences in ``Replay.update``
+    # of a replay with a context of K rows:
+    rows: np.ndarray | None = None  # (B, T) int64: names the rows in ``Replay.write``; -1 on padding
+    stored: dict[str, Tensor] | None = None  # (B, *) what was written of row K - 1; None where nothing ever was
+    known: Tensor | None = None  # (B,) bool: whether there was something
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], ids: list[str], keys: np.ndarray | None = None) -> Batch:
-        """A batch from arrays by the names of ``tensors``; of read-only ones, which it must then not be filled into."""
+    def of(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        ids: list[str],
+        keys: np.ndarray | None = None,
+        rows: np.ndarray | None = None,
+        stored: tuple[dict[str, np.ndarray], np.ndarray] | None = None,
+    ) -> Batch:
+        """A batch from arrays by the names of ``tensors``; of read-only ones, which it must then not be filled into.
+        `stored`: with what is known."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            states = {name: torch.from_numpy(array) for name, array in stored[0].items()} if stored else None
+            known = torch.from_numpy(stored[1]) if stored else None
         obs = {name.removeprefix("obs."): column for name, column in tensors.items() if name.startswith("obs.")}
         rest: dict[str, Any] = {name: tensors[name] for name in NAMES}
-        return cls(obs=obs, ids=ids, keys=keys, **rest)
+        return cls(obs=obs, ids=ids, keys=keys, rows=rows, stored=states, known=known, **rest)
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
         return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors but the start's by name, observation columns as "obs.NAME"."""
+        """All tensors but those of states by name, observation columns as "obs.NAME"."""
         return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in NAMES}
 
     def flat(self) -> dict[str, np.ndarray]:
@@ -101,9 +115,27 @@ def joined(batches: Sequence[Batch], out: Batch | None = None) -> Batch:
             raise ValueError(f"out.{name} is {tuple(to.shape)}, expected {(B, *parts[0][name].shape[1:])}")
         torch.cat([part[name] for part in parts], out=to)
     out.ids = [id for batch in batches for id in batch.ids]
-    keys = [batch.keys for batch in batches if batch.keys is not None]
+    keys, rows = ([found for batch in batches if (found := getattr(batch, n)) is not None] for n in ("keys", "rows"))
     out.keys = np.concatenate(keys) if len(keys) == len(batches) else None
+    out.rows = np.concatenate(rows) if len(rows) == len(batches) else None
+    out.stored, out.known = _joined_states(batches)
     return out
+
+
+def _joined_states(batches: Sequence[Batch]) -> tuple[dict[str, Tensor] | None, Tensor | None]:
+    """What is stored for the sequences of all: unknown for batches that come from where nothing was written yet."""
+    like = next((batch.stored for batch in batches if batch.stored is not None), None)
+    if like is None:
+        return None, None
+    B, at = sum(len(batch.ids) for batch in batches), 0
+    stored, known = {name: v.new_zeros(B, *v.shape[1:]) for name, v in like.items()}, torch.zeros(B, dtype=torch.bool)
+    for batch in batches:
+        here = slice(at, at := at + len(batch.ids))
+        if batch.stored is not None and batch.known is not None:
+            known[here] = batch.known
+            for name, value in batch.stored.items():
+                stored[name][here] = value
+    return stored, known
 
 
 def _to(value: Any, device: str | torch.device, non_blocking: bool) -> Any:

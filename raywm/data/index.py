@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 
 import numpy as np
@@ -45,9 +47,10 @@ class Index:
 
     def __init__(self) -> None:
         # end: place after its last row among all that are indexed; first: its first row in the episode, and shift: what
-        # leads from a place to a row of the episode; previous: key of the episode's piece before it, or -1
-        self.pieces = Table("end", "key", "first", "shift", "rows", "slot", "previous")
-        self.episodes = Table("rows", "complete", "tail")  # rows: 0 when dropped; tail: key of the latest piece
+        # leads from a place to a row of the episode
+        self.pieces = Table("end", "key", "first", "shift", "rows", "slot")
+        self.episodes = Table("rows", "complete")  # rows: 0 when dropped
+        self._of: list[tuple[array, array]] = []  # by slot: keys and firsts of an episode's pieces
         self.ends = Table("slot")  # of complete episodes, as they completed
         self.ids: list[str] = []  # by slot
         self.slots: dict[str, int] = {}
@@ -76,12 +79,15 @@ class Index:
         if slot is None:
             slot = self.slots[id] = self.episodes.size
             self.ids.append(id)
-            self.episodes.append(0, 0, -1)
-        first, tail = int(self.episodes["rows"][slot]), int(self.episodes["tail"][slot])
-        key = self.collected
-        self.pieces.append(self._end + rows, key, first, first - self._end, rows, slot, tail)
+            self._of.append((array("q"), array("q")))
+            self.episodes.append(0, 0)
+        first, key = int(self.episodes["rows"][slot]), self.collected
+        self.pieces.append(self._end + rows, key, first, first - self._end, rows, slot)
         self._end += rows
-        self.episodes["rows"][slot], self.episodes["tail"][slot] = first + rows, key
+        self.episodes["rows"][slot] = first + rows
+        keys, firsts = self._of[slot]
+        keys.append(key)
+        firsts.append(first)
         if last:
             self.episodes["complete"][slot] = 1
             self.ends.append(slot)
@@ -94,13 +100,10 @@ class Index:
         slot = self.slots.pop(id, None)
         if slot is None:
             return []
-        self.rows -= int(self.episodes["rows"][slot])
-        gone, key = [], int(self.episodes["tail"][slot])
-        while key >= 0:
-            piece = int(np.searchsorted(self.pieces["key"], key))
-            gone.append((key, int(self.pieces["rows"][piece])))
-            key = int(self.pieces["previous"][piece])
-        self.episodes["rows"][slot] = 0
+        (keys, firsts), rows = self._of[slot], int(self.episodes["rows"][slot])
+        gone = [(key, stop - first) for key, first, stop in zip(keys, firsts, [*firsts[1:], rows])]
+        self.rows -= rows
+        self.episodes["rows"][slot], self._of[slot] = 0, (array("q"), array("q"))
         self._dead_pieces += len(gone)
         self._advance()
         if (
@@ -132,7 +135,8 @@ class Index:
         self.pieces["end"][:] = np.cumsum(self.pieces["rows"])
         self.pieces["shift"][:] = self.pieces["first"] + self.pieces["rows"] - self.pieces["end"]
         self._base, self._end = 0, self.rows
-        self.ids = [self.ids[i] for i in np.flatnonzero(alive).tolist()]
+        kept = np.flatnonzero(alive).tolist()
+        self.ids, self._of = [self.ids[i] for i in kept], [self._of[i] for i in kept]
         self.slots = {id: i for i, id in enumerate(self.ids)}
         self.episodes.keep(alive)
         self._head_piece = self._head_slot = self._head_end = self._dead_pieces = 0
@@ -191,13 +195,20 @@ class Index:
         return self.pieces["slot"][piece], self.pieces["first"][piece] + keys - self.pieces["key"][piece]
 
     def key(self, slot: int, row: int) -> int:
-        """The key of a row, found from the episode's newest piece backwards."""
-        key = int(self.episodes["tail"][slot])
-        while True:
-            piece = int(np.searchsorted(self.pieces["key"], key))
-            if row >= self.pieces["first"][piece]:
-                return key + row - int(self.pieces["first"][piece])
-            key = int(self.pieces["previous"][piece])
+        """The key of a row."""
+        keys, firsts = self._of[slot]
+        piece = bisect_right(firsts, row) - 1
+        return keys[piece] + row - firsts[piece]
+
+    def keys(self, slot: int, row: int, n: int) -> np.ndarray:
+        """The keys (n,) of n rows of an episode, from `row` on."""
+        keys, firsts = self._of[slot]
+        piece, stop = bisect_right(firsts, row) - 1, bisect_left(firsts, row + n)
+        out = np.arange(row, row + n)
+        if stop == piece + 1:
+            return out + (keys[piece] - firsts[piece])
+        first = np.array(firsts[piece:stop])
+        return out + (np.array(keys[piece:stop]) - first)[first.searchsorted(out, "right") - 1]
 
     # Windows over the ends of episodes
 

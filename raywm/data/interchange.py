@@ -153,16 +153,28 @@ def _card(dataset: Dataset) -> dict[str, Any]:
 
 
 def _meta(path: Path) -> dict[str, Any]:
-    raw = (pq.read_metadata(path).metadata or {}).get(META.encode())
+    try:
+        schema, raw = pq.read_schema(path), (pq.read_metadata(path).metadata or {}).get(META.encode())
+    except Exception as error:  # of any kind: extension types, where some are registered, read their own metadata
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if raw is None:
         raise ValueError(f"{path} was not written by raywm data export (no {META!r} metadata); it cannot be imported")
-    names = pq.read_schema(path).names
+    names = schema.names
+    if "episode_id" in names and not pa.types.is_string(schema.field("episode_id").type):
+        # an extension type's values may be whatever its class makes of the bytes: Ray Data has one that unpickles
+        raise ValueError(f"{path}: episode_id is {schema.field('episode_id').type}, expected string")
     if "episode_id" not in names:
         raise ValueError(
             f"{path} has columns {names}, expected episode_id, t, obs.*, ...: it was exported with --format rllib, "
             "which leaves out what an episode needs; export the dataset with --format parquet"
         )
-    meta: dict[str, Any] = json.loads(raw)
+    try:
+        meta: dict[str, Any] = json.loads(raw)
+        spaces, infos = meta["card"]["spaces"], meta["infos"]
+        if not isinstance(meta["common"], dict) or not isinstance(infos, list) or not isinstance(spaces or {}, dict):
+            raise TypeError("of other types")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: its {META!r} metadata is damaged ({type(error).__name__}: {error})") from None
     return meta
 
 

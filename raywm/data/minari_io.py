@@ -84,6 +84,7 @@ def import_minari(source: str, columns: Columns | None = None, codec: ActionCode
     """
     minari = _minari()
     folder = next((p for p in (Path(source).expanduser() / "data", Path(source).expanduser()) if _is_data(p)), None)
+    _refuse_to_make(folder or _home() / source / "data")
     try:
         made = minari.MinariDataset(folder) if folder else minari.load_dataset(source)
     except FileNotFoundError as error:
@@ -99,6 +100,23 @@ def import_minari(source: str, columns: Columns | None = None, codec: ActionCode
     about = {key: card[key] for key in ("env", "policy", "seed", "stream")} if card else _foreign(made)
     notes = [] if card else ["infos of steps, if there are any, are not imported; rewards are float32"]
     return Source(_episodes(made, columns, codec, about), made.total_episodes, columns, codec, about, notes)
+
+
+def _refuse_to_make(folder: Path) -> None:
+    """Raise ValueError for a dataset that does not say its spaces: to find them Minari would make its environment, and
+    so call whatever function of whatever module the file names."""
+    try:
+        said = json.loads((folder / "metadata.json").read_text())
+        missing = [name for name in ("observation_space", "action_space") if not isinstance(said.get(name), str)]
+    except FileNotFoundError:
+        return  # Minari says so
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / 'metadata.json'} is damaged ({error})") from None
+    if missing:
+        raise ValueError(
+            f"{folder} has no {' and no '.join(missing)}; Minari would call what its env_spec names to find out, which "
+            "raywm does not let it: write the spaces into its metadata.json with minari.serialization.serialize_space"
+        )
 
 
 def _minari() -> Any:

@@ -72,7 +72,8 @@ class Prefetch:
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
-            for tensor in batch.tensors().values():
+            states = [*(batch.stored or {}).values(), *([] if batch.known is None else [batch.known])]
+            for tensor in [*batch.tensors().values(), *states]:
                 tensor.record_stream(stream)  # its memory belongs to the other stream, and may not go back too early
         return batch
 

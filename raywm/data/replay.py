@@ -18,6 +18,7 @@ import torch
 from raywm.data.batch import Batch, blank
 from raywm.data.episode import OBS
 from raywm.data.index import Index
+from raywm.data.latents import Latents
 from raywm.data.readahead import ReadAhead
 from raywm.data.segment import DamagedError
 from raywm.data.sumtree import SumTree
@@ -74,12 +75,16 @@ class Replay:
         ends: share of the sequences that are windows with the last row of a complete episode, uniform over those,
             whatever the mode; as their number is chosen, importance weights leave them alone (1, as of uniform rows).
         half_life: in rows of this replay; for "recent" only.
+        context: rows in front of each sequence of a training batch that only bring a model into its state. Above 0,
+            ``write`` keeps what the model knows after rows, in memory and for as long as the rows are here, and batches
+            come with what it last knew after their last row of context (Batch.stored, Batch.known) and with the names
+            of their rows (Batch.rows). Nothing of that outlives this object.
         include_incomplete: whether episodes can be sampled before their end has arrived.
         until: a ``mark`` from a checkpoint: of what the store holds now, what came later is set aside, and not sampled
             until ``release``. What arrives from now on is sampled.
         aside: instead of a mark, ids of episodes to be set aside: the ``aside`` of a replay that this one follows.
         shard: number of this replay among several, which its keys carry, below 2**19. One that is made again should
-            have another: priorities that come for the keys of the one before are then passed over.
+            have another: what comes for the keys of the one before is then passed over.
 
     Raises ValueError for arguments that make no sense. Safe to use from several threads.
     """
@@ -93,6 +98,7 @@ class Replay:
         held_out: float = 0.0,
         ends: float = 0.0,
         half_life: float | None = None,
+        context: int = 0,
         alpha: float = 0.6,
         beta: float = 0.4,
         include_incomplete: bool = True,
@@ -110,11 +116,15 @@ class Replay:
         for name, value in {"held_out": held_out, "ends": ends, "alpha": alpha, "beta": beta}.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}, expected a number in [0, 1]")
+        if context < 0:
+            raise ValueError(f"context={context}, expected rows >= 0")
         self.store, self.codec, self.mode, self.cross, self.shard = store, codec, mode, cross, shard
+        self.context = context
         self.held_out, self.ends, self.half_life = held_out, ends, half_life
         self.alpha, self.beta, self.include_incomplete = alpha, beta, include_incomplete
         self._train, self._held = Index(), Index()
         self._tree = SumTree(4096) if mode == "prioritized" else None  # over the keys of _train, modulo its size
+        self._latents = Latents() if context else None  # of the rows of _train
         self._top = 1.0  # the largest priority ** alpha so far
         self._open: dict[str, int] = {}  # rows of incomplete episodes, as they began
         self._steps = 0  # transitions that have arrived
@@ -160,6 +170,8 @@ class Replay:
             rows = whole
         side = self._side(id)
         key = side.add(id, rows, last)
+        if self._latents is not None and side is self._train:
+            self._latents.added(key, rows)
         if self._tree is not None and side is self._train:
             if side.collected - side.oldest > self._tree.size:
                 keys, old = np.arange(side.oldest, key), self._tree
@@ -177,6 +189,8 @@ class Replay:
         for key, rows in side.drop(id):
             if self._tree is not None and side is self._train:
                 self._tree.set(np.arange(key, key + rows) % self._tree.size, 0)
+            if self._latents is not None and side is self._train:
+                self._latents.dropped(key, rows)
 
     def _side(self, id: str) -> Index:
         held = self.held_out > 0 and zlib.crc32(id.encode()) / 2**32 < self.held_out
@@ -247,6 +261,12 @@ class Replay:
         return len(self._train)
 
     @property
+    def latent_bytes(self) -> int:
+        """Memory of what ``write`` keeps."""
+        with self.store.lock:
+            return 0 if self._latents is None else self._latents.nbytes
+
+    @property
     def mass(self) -> float:
         """What this replay weighs against others of its kind, for ``raywm.data.shards.allot``."""
         if self._tree is not None:
@@ -274,6 +294,9 @@ class Replay:
         """
         if B < 1 or T < 1:
             raise ValueError(f"asked for {B} sequences of {T} rows, expected at least 1 of each")
+        if T <= self.context and not held:
+            raise ValueError(f"asked for sequences of {T} rows, expected more than the {self.context} of context")
+        rows = states = None
         while True:
             with self.store.lock:
                 spans, keys, weight = self._draw(self._held if held else self._train, B, T, rng, density)
@@ -284,8 +307,10 @@ class Replay:
                     except (DamagedError, KeyError):
                         self.dropped(span.id)  # if the store has not told so
                         break
-            if len(parts) == len(spans):
-                break
+                if len(parts) == len(spans):
+                    if self._latents is not None and not held:
+                        rows, states = self._latest(self._latents, spans, B, T)
+                    break
         if out is None:
             like = {
                 n[len(OBS) :]: (c.shape[1:], _TORCH[c.dtype]) for n, c in parts[0][0][0].items() if n.startswith(OBS)
@@ -296,7 +321,9 @@ class Replay:
         to = out.flat()
         self._fill(to, T, spans, parts)
         to["weight"][...] = 1 if weight is None else weight
-        out.keys, out.ids = keys, [span.id for span in spans if span.at % T == 0]
+        out.keys, out.ids, out.rows = keys, [span.id for span in spans if span.at % T == 0], rows
+        out.stored = {n: torch.from_numpy(array) for n, array in states[0].items()} if states else None
+        out.known = torch.from_numpy(states[1]) if states else None
         return out
 
     def _draw(
@@ -429,6 +456,38 @@ class Replay:
             _copy(copies[1::2])
             other.result()
         self._ahead.copied(before)
+
+    # What the model knows
+
+    def _latest(
+        self, latents: Latents, spans: Sequence[Span], B: int, T: int
+    ) -> tuple[np.ndarray, tuple[dict[str, np.ndarray], np.ndarray] | None]:
+        """The keys (B, T) of a batch's rows, and what is stored of the last rows of its context, if anything."""
+        side, flat = self._train, np.full(B * T, -1)
+        for id, row, n, at, *_ in spans:
+            flat[at : at + n] = side.keys(side.slots[id], row, n)
+        keys = flat.reshape(B, T)
+        stored, known = latents.read(keys[:, self.context - 1])
+        keys[keys >= 0] |= self.shard << SHARD_BITS
+        return keys, (stored, known) if stored else None
+
+    def write(self, keys: np.ndarray, states: Mapping[str, np.ndarray]) -> None:
+        """Keep what a model knows after rows (N,) of batches (``Batch.rows``): arrays (N, *), always of the same names,
+        row shapes and dtypes.
+
+        Keys of padding, of other shards and of rows that are no longer here are passed over. Raises ValueError for
+        arrays of another layout, and where the replay has no ``context``.
+        """
+        if self._latents is None:
+            raise ValueError("this replay has context=0, expected at least 1 row; Replay(..., context=1) keeps states")
+        if keys.ndim != 1:
+            raise ValueError(f"keys {keys.shape}, expected (N,); flatten those of a batch as its states are")
+        row = keys & (1 << SHARD_BITS) - 1
+        with self.store.lock:
+            ours = (keys >> SHARD_BITS == self.shard) & (row < self._train.collected)
+            if not ours.all():
+                row, states = row[ours], {name: array[ours] for name, array in states.items()}
+            self._latents.write(row, states)
 
     # Priorities
 

@@ -19,6 +19,7 @@ The limit is that of the environment given, or of the recordings: 1000 for CarRa
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from raywm.checkpoint import open_npz
 from raywm.data.dataset import Columns
 from raywm.data.episode import Episode
 from raywm.data.interchange import Source
@@ -59,7 +61,7 @@ def import_rollouts(
         codec = _infer_codec(files)
         notes.append(f"action space {codec.space}, inferred from what was done; give --env for the true one")
     if columns is None:
-        with np.load(files[0], allow_pickle=False) as data:
+        with _opened(files[0]) as data:
             obs = data["observations" if kind is STEP else "obs"]
         low, high = (0, 255) if obs.dtype == np.uint8 else (-np.inf, np.inf)
         columns = obs_columns(gym.spaces.Box(low, high, obs.shape[1:], obs.dtype.type))
@@ -70,12 +72,21 @@ def import_rollouts(
     return Source(_episodes(folder, files, kind, columns, codec, limit), len(files), columns, codec, about, notes)
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with open_npz(path) as data:
+            yield data
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def _natural(path: Path) -> list[Any]:
     return [[int(p) if p.isdigit() else p for p in re.split(r"(\d+)", part)] for part in path.parts]
 
 
 def _kind(path: Path) -> set[str]:
-    with np.load(path, allow_pickle=False) as data:
+    with _opened(path) as data:
         names = set(data.files)
     for kind in (STEP, RECORD):
         if kind <= names:
@@ -86,13 +97,13 @@ def _kind(path: Path) -> set[str]:
 def _notes(kind: set[str], path: Path) -> list[str]:
     if kind is STEP:
         return ["the first observations were not recorded: each episode begins one step late, without that reward"]
-    with np.load(path, allow_pickle=False) as data:
+    with _opened(path) as data:
         rewards = [] if "reward" in data.files else ["there are no rewards in these files: all are 0"]
     return ["what the last actions led to was not recorded: each episode ends one step early", *rewards]
 
 
 def _single_action(path: Path) -> bool:
-    with np.load(path, allow_pickle=False) as data:
+    with _opened(path) as data:
         return data["action"].ndim == 1
 
 
@@ -101,7 +112,7 @@ def _infer_codec(files: list[Path]) -> ActionCodec:
     high: Any = None
     dtype: Any = None
     for path in files:
-        with np.load(path, allow_pickle=False) as data:
+        with _opened(path) as data:
             action = data["actions" if "actions" in data.files else "action"]
         if low is not None and action.shape[1:] != low.shape:
             raise ValueError(f"{path}: actions are {action.shape[1:]}, expected {low.shape} as in {files[0]}")
@@ -123,7 +134,7 @@ def _episodes(
     for number, path in enumerate(files):
         info = {"number": number, "policy": "unknown", "source": str(path.relative_to(folder))}
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open_npz(path) as data:
                 missing = sorted(kind - set(data.files))
                 if missing:
                     raise ValueError(f"it lacks {missing}, which {files[0].name} has")

@@ -105,6 +105,12 @@ def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
     id, limit, kwargs = cfg["id"], cfg["time_limit"], dict(cfg["kwargs"])
     if render:
         kwargs.setdefault("render_mode", "rgb_array")
+    program = next((key for key in kwargs if key.replace("_", "").lower() == "vizdoompath"), None)
+    if program:  # ViZDoom takes its settings in any spelling
+        raise ValueError(
+            f"env.kwargs.{program} names a program to run, which a config may not; install that ViZDoom, or make the "
+            "environment in a class of a module of your own (env.id=module:EnvClass)"
+        )
     env_class = _class(id)
     if env_class is not None:
         try:
@@ -116,7 +122,7 @@ def _make(cfg: dict[str, Any], render: bool) -> gym.Env:
     spec = _spec(id)
     entry = str(spec.entry_point)
     try:
-        if "vizdoom" in entry and os.name == "posix" and "vizdoom_path" not in kwargs:
+        if "vizdoom" in entry and os.name == "posix":
             return _make_doom(id, limit, kwargs)
         if "ale_py" in entry and not set(ATARI).isdisjoint(kwargs):
             return _make_atari(spec, limit, kwargs)

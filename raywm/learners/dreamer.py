@@ -96,12 +96,13 @@ class DreamerLearner:
         self._fast_actor = (
             copy.deepcopy(self.actor).to(torch.bfloat16).requires_grad_(False) if self.bf16 else self.actor
         )
-        self.states: State = {}  # of the last batch, leaves (B, T, *): for writing back
+        self.states: State = {}  # of the last batch without its context, leaves (B, T, *)
 
     # ------------------------------------------------------------------------------------------------ one update
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One step on a batch; its first ``context`` rows only bring the model into its state.
+        """One step on a batch, whose first ``context`` rows only bring the model into its state: sequences of which
+        that state is known (``Batch.stored``) begin with it, the others with what those rows lead to from nothing.
 
         Returns metrics as tensors without dimensions: nothing waits for the device. Raises ValueError for a batch that
         is no longer than its context.
@@ -159,24 +160,32 @@ class DreamerLearner:
         return metrics, {k: v.unflatten(0, (B, T)) for k, v in start.items()}
 
     def _settled(self, batch: Batch, model: Shared, rng: torch.Generator) -> Batch:
-        """The batch without its context, started from the state that the context leads to."""
+        """The batch without its context, started from the state that is stored for the context's last row, or else
+        from the one that the context leads to."""
         K = self.config["context"]
         if not K:
             return batch
         if batch.is_first.shape[1] <= K:
             raise ValueError(f"sequences of {batch.is_first.shape[1]} rows, expected more than the context of {K}")
         before, after = rows(batch, slice(0, K)), rows(batch, slice(K, None))
-        if before.start is None or K > 1:
-            B = len(batch.is_first)
-            state = self.model.initial(B) if batch.start is None else batch.start
-            with torch.no_grad(), self._autocast():
-                for t in range(K):
-                    obs = {k: v[:, t] for k, v in before.obs.items()}
-                    state = self.model.posterior(
-                        state, before.action[:, t], obs, before.is_first[:, t], model.noise(B, rng)
-                    )
-            after.start = {k: v.float() for k, v in state.items()}
+        B = len(batch.is_first)
+        state = self.model.initial(B) if batch.start is None else batch.start
+        with torch.no_grad(), self._autocast():
+            for t in range(K):
+                obs = {k: v[:, t] for k, v in before.obs.items()}
+                state = self.model.posterior(
+                    state, before.action[:, t], obs, before.is_first[:, t], model.noise(B, rng)
+                )
+        after.start = {k: v.float() for k, v in state.items()}
+        if batch.stored is not None and batch.known is not None:
+            known = batch.known.unsqueeze(-1)
+            stored = self.model.unpack(batch.stored)
+            after.start = {k: torch.where(known, stored[k], v) for k, v in after.start.items()}
         return after
+
+    def latents(self) -> dict[str, Tensor]:
+        """The states after the rows of the last batch, without its context, packed for ``Replay.write``: (B * T, *)."""
+        return self.model.pack({k: v.flatten(0, 1) for k, v in self.states.items()})
 
     def _dreamt(
         self, start: State, valid: Tensor, model: Shared, rng: torch.Generator
@@ -279,11 +288,10 @@ class DreamerLearner:
         self.updates = int(tensors["updates"])
 
     def policy(self) -> dict[str, Tensor]:
-        """Copies in host memory of the weights that an agent needs: "model.*" but decoder and heads, "actor.*"."""
-        model = {k: v for k, v in self.model.state_dict().items() if not k.startswith(("decoder", "reward", "cont"))}
-        out = {f"model.{k}": v for k, v in model.items()} | {
-            f"actor.{k}": v for k, v in self.actor.state_dict().items()
-        }
+        """Copies in host memory of what an agent is made of: "model.*" and "actor.*". The heads and the decoder, which
+        acting does not need, are among them: whoever has an agent can dream by the very model that it acts by."""
+        modules = {"model": self.model, "actor": self.actor}
+        out = {f"{n}.{k}": v for n, m in modules.items() for k, v in m.state_dict().items()}
         return {k: v.detach().cpu().clone() for k, v in out.items()}
 
 
@@ -329,8 +337,13 @@ def split(batch: Batch, count: int) -> list[Batch]:
     for i in range(count):
         named: dict[str, Any] = {name: chunks[i] for name, chunks in parts.items()}
         obs = {name.removeprefix("obs."): named.pop(name) for name in list(named) if name.startswith("obs.")}
-        start = None if batch.start is None else {k: v.chunk(count)[i] for k, v in batch.start.items()}
-        out.append(Batch(obs=obs, ids=batch.ids[i * size : (i + 1) * size], start=start, **named))
+        start, stored = (
+            None if state is None else {k: v.chunk(count)[i] for k, v in state.items()}
+            for state in (batch.start, batch.stored)
+        )
+        known = None if batch.known is None else batch.known.chunk(count)[i]
+        ids = batch.ids[i * size : (i + 1) * size]
+        out.append(Batch(obs=obs, ids=ids, start=start, stored=stored, known=known, **named))
     return out
 
 

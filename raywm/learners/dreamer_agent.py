@@ -39,28 +39,35 @@ class DreamerAgent(Agent):
         agent._load(policy)
         return agent
 
+    def acting(self, greedy: bool) -> DreamerAgent:
+        """An agent with this one's modules that samples its actions, or is greedy."""
+        agent = object.__new__(type(self))
+        agent.__dict__ |= self.__dict__ | {"greedy": greedy}
+        return agent
+
     def _load(self, policy: dict[str, torch.Tensor]) -> None:
         for name, module in (("model", self.model), ("actor", self.actor)):
             weights = {k.removeprefix(f"{name}."): v for k, v in policy.items() if k.startswith(f"{name}.")}
             try:
-                missing, unknown = module.load_state_dict(weights, strict=False)
+                module.load_state_dict(weights)
             except RuntimeError as error:
                 raise ValueError(f"weights do not fit this agent: {str(error).splitlines()[-1].strip()}") from None
-            missing = [k for k in missing if not k.startswith(("decoder.", "reward.", "cont."))]
-            if missing or unknown:
-                raise ValueError(f"weights do not fit this agent: got {unknown[:3]}, expected {missing[:3]} as well")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        policy = {f"{n}.{k}": v for n, m in (("model", self.model), ("actor", self.actor)) for k, v in _used(m).items()}
+        parts = {"model": self.model, "actor": self.actor}
+        policy = {f"{n}.{k}": v for n, m in parts.items() for k, v in m.state_dict().items()}
         return _rebuilt, (self.spec, {k: v.numpy() for k, v in policy.items()}, self.version, self.greedy)
 
     def initial(self, B: int) -> dict[str, torch.Tensor]:
         return {**self.model.initial(B), "action": torch.zeros(B, self.model.act_dim)}
 
-    @torch.inference_mode()
     def act(
         self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, rngs: Sequence[np.random.Generator]
     ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        return self.step(obs, state, is_first, self.noise(rngs))
+
+    def noise(self, rngs: Sequence[np.random.Generator]) -> dict[str, torch.Tensor]:
+        """What ``act`` gives ``step`` for one generator a row: "stoch" (B, S) and "action" (B, A')."""
         latent: Any = self.model.latent  # type: ignore[union-attr]
         uniform = latent.uniform
         S, A = latent.noise_dim, self.actor.noise_dim
@@ -69,17 +76,20 @@ class DreamerAgent(Agent):
             drawn[row, :S] = rng.random(S, np.float32) if uniform else rng.standard_normal(S, np.float32)
             boxed = self.actor.kind == "box"
             drawn[row, S:] = rng.standard_normal(A, np.float32) if boxed else rng.random(A, np.float32)
-        noise = torch.from_numpy(drawn)
+        stoch, action = torch.from_numpy(drawn).split([S, A], -1)
+        return {"stoch": stoch, "action": action}
+
+    @torch.inference_mode()
+    def step(
+        self, obs: dict[str, np.ndarray], state: Any, is_first: np.ndarray, noise: dict[str, torch.Tensor]
+    ) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+        """``act`` with its randomness given; a greedy agent needs no "action" of it."""
         inputs = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in obs.items()}
         first = torch.from_numpy(is_first)
-        now = self.model.posterior(state, state["action"], inputs, first, {"stoch": noise[:, :S]})
-        action = self.actor.sample(self.model.features(now), None if self.greedy else noise[:, S:])
+        now = self.model.posterior(state, state["action"], inputs, first, noise)
+        action = self.actor.sample(self.model.features(now), None if self.greedy else noise["action"])
         taken = self.codec.decode(action.numpy())
         return taken, {**now, "action": torch.from_numpy(self.codec.encode(taken))}
-
-
-def _used(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in module.state_dict().items() if not k.startswith(("decoder.", "reward.", "cont."))}
 
 
 def _rebuilt(spec: dict[str, Any], policy: dict[str, np.ndarray], version: int, greedy: bool) -> DreamerAgent:

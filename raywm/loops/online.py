@@ -425,6 +425,7 @@ class Online:
         saved = None
         if checkpoint.latest(self.out / "checkpoints") is not None:
             saved = checkpoint.load(self.out / "checkpoints")
+            self.parts.check(saved.tensors["learner"], self.out, saved.made_by)
             self.state.update(saved.state)
             if done := self._already():
                 return done

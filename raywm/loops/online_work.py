@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -19,24 +20,24 @@ from raywm.config import RunConfig
 from raywm.data.prefetch import Prefetch, Source
 from raywm.data.replay import Replay
 from raywm.endless import Endless
-from raywm.envs import make_env
 from raywm.learners.dreamer import DreamerLearner
 from raywm.learners.dreamer_agent import DreamerAgent
 from raywm.learners.memory import keep_memory
 from raywm.loops.executor import LocalRollouts
-from raywm.loops.parts import DEFAULT_HORIZON, cores, dreamer_specification, first_agent, time_limit
+from raywm.loops.parts import DEFAULT_HORIZON, cores, described, dreamer_specification, first_agent
+from raywm.loops.saved import check_dreamer
 from raywm.seeding import rng
-from raywm.spaces import ActionCodec, columns_to_json
+from raywm.spaces import columns_to_json
 
 KEEP = -1  # a version: go on with the weights that are there
-LAW: dict[str, Any] = {"cross": True, "include_incomplete": True}  # by which a learner's sequences are drawn
 
 
 class OnlineParts:
     """A Dreamer config and what its environment says of itself: what all processes of the run are built from.
 
     Attributes: config, columns, codec, spec; ``rows`` that an update replays for the train ratio; ``length`` of the
-    sequences that a learner gets, those rows and the ones in front of them that are context.
+    sequences that a learner gets, those rows and the ones in front of them that are context; ``law`` by which they
+    are drawn, arguments of ``Replay``.
     Raises ValueError for config values that do not go together.
     """
 
@@ -52,16 +53,10 @@ class OnlineParts:
                 f"online.publish: got {o.publish}, expected at most online.staleness={o.staleness}, or collectors "
                 "would wait for weights that do not come"
             )
-        env = make_env(config.env)
-        try:
-            space: Any = env.observation_space  # make_env gives a Dict
-            self.columns = dict(space.spaces)
-            self.codec = ActionCodec(env.action_space)
-            limit = config.env.time_limit or time_limit(env)
-            self.horizon = -(-limit // config.env.action_repeat) if limit else DEFAULT_HORIZON
-        finally:
-            env.close()
+        self.columns, self.codec, limit = described(config.env)
+        self.horizon = limit or DEFAULT_HORIZON
         self.rows, self.length = d.batch * d.sequence, d.sequence + d.context
+        self.law: dict[str, Any] = {"cross": True, "include_incomplete": True, "context": d.context}
         self.spec = self.specification()
 
     def specification(self) -> dict[str, Any]:
@@ -87,6 +82,10 @@ class OnlineParts:
         """A ``DreamerLearner``, on a GPU if the config reserves one."""
         device = "cuda" if self.config.dreamer.num_gpus else "cpu"
         return DreamerLearner(self.spec, self.config.seed, device=device, rank=rank, ranks=ranks)
+
+    def check(self, tensors: dict[str, Tensor], where: Path, made_by: str) -> None:
+        """Raise ValueError, in one line, for a learner's saved state that is of another model than this one."""
+        check_dreamer(self.spec, tensors, where, made_by, learner=True)
 
     def threads(self) -> int:
         """CPU threads of a learner."""
@@ -149,14 +148,23 @@ class OnlineCollector:
         self.collector.close()
 
 
-class OnlineLearner:
-    """A learner and the batches made ready for it: one of `ranks` that share each batch."""
+class Memory(Source, Protocol):
+    """Where a learner's batches come from, and where its states go: a ``Replay``, or shards of it."""
 
-    def __init__(self, parts: OnlineParts, replay: Source, rank: int = 0, ranks: int = 1):
+    def write(self, keys: np.ndarray, states: Mapping[str, np.ndarray]) -> None:
+        """Keep what the model knows after rows of batches; see ``Replay.write``."""
+
+
+class OnlineLearner:
+    """A learner and the batches made ready for it: one of `ranks` that share each batch. What the model knows after the
+    rows it was trained on goes back to the replay, which starts later sequences from there."""
+
+    def __init__(self, parts: OnlineParts, replay: Memory, rank: int = 0, ranks: int = 1):
         self.parts, self.replay, self.rank, self.ranks = parts, replay, rank, ranks
         keep_memory()
         self.learner = parts.learner(rank, ranks)
         self._batches: Prefetch | None = None
+        self._copied: tuple[np.ndarray, dict[str, Tensor], Any] | None = None  # rows, their states, and once they are
 
     def begin(self, tensors: dict[str, Tensor] | None) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """Go on from what ``save`` gave, or from where it is; the policy's weights."""
@@ -175,13 +183,30 @@ class OnlineLearner:
             self._batches = Prefetch(self.replay, share, self.parts.length, stream, device=device)
         waited, sums = self._batches.waited, dict[str, Tensor]()
         for _ in range(count):
-            for name, value in self.learner.update(self._batches.next()).items():
+            batch = self._batches.next()
+            for name, value in self.learner.update(batch).items():
                 sums[name] = sums[name] + value if name in sums else value.detach().clone()
+            self._write_back(batch.rows)
+        self._write_back(None)
         metrics = {name: float(value) / count for name, value in sums.items()}
         policy = self._policy(publish)
         seconds = time.perf_counter() - began
         waited = self._batches.waited - waited
         return {"count": count, "metrics": metrics, "seconds": seconds, "waited": waited}, policy
+
+    def _write_back(self, rows: np.ndarray | None) -> None:
+        """Begin to copy the states of the last update's rows (B, T) to the host, and write those of the one before: a
+        GPU is not waited for while it has something to do."""
+        copied, self._copied = self._copied, None
+        if rows is not None:
+            states = {name: value.to("cpu", non_blocking=True) for name, value in self.learner.latents().items()}
+            event = torch.cuda.current_stream().record_event() if self.parts.config.dreamer.num_gpus else None
+            self._copied = rows[:, self.parts.config.dreamer.context :].reshape(-1), states, event
+        if copied is not None:
+            keys, states, event = copied
+            if event is not None:
+                event.synchronize()
+            self.replay.write(keys, {name: value.numpy() for name, value in states.items()})
 
     def save(self) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
         """Everything to go on from, for ``begin``: the same on all ranks."""
@@ -241,7 +266,7 @@ class LocalOnline:
     def start(self, until: Any) -> Replay:
         """Open the replay, what came after the mark `until` set aside, and start everybody."""
         config, store = self.config, self.rollouts.store
-        self.replay = Replay(store, self.parts.codec, until=None if until is None else until[0], **LAW)
+        self.replay = Replay(store, self.parts.codec, until=None if until is None else until[0], **self.parts.law)
         torch.set_num_threads(self.parts.threads())
         common = {"collector": "in-process", "env_config": config.env.model_dump(mode="json")}
         collector = OnlineCollector(self.parts, self.rollouts.collector, store.add, common=common)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from raywm.agent import Agent, MixedAgent, RandomAgent, StickyAgent
-from raywm.config import CollectConfig, RunConfig
+from raywm.config import CollectConfig, EnvConfig, RunConfig
 from raywm.controllers import Controller, ControllerAgent
 from raywm.data.episode import Episode
 from raywm.data.store import DamagedError, EpisodeStore, Snapshot
@@ -35,16 +35,8 @@ class Parts:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        env = make_env(config.env)
-        try:
-            space: Any = env.observation_space  # make_env gives a Dict
-            self.columns = dict(space.spaces)
-            self.codec = ActionCodec(env.action_space)
-            limit = config.env.time_limit or time_limit(env)
-            self.time_limit = -(-limit // config.env.action_repeat) if limit else None  # steps of the longest episode
-            self.horizon = config.dream.horizon or self.time_limit or DEFAULT_HORIZON
-        finally:
-            env.close()
+        self.columns, self.codec, self.time_limit = described(config.env)
+        self.horizon = config.dream.horizon or self.time_limit or DEFAULT_HORIZON
         self.spec = spec = specification(config, self.columns, self.codec)
         torch.manual_seed(derive(config.seed, "model"))
         built = build_model(**spec["model"])
@@ -85,7 +77,21 @@ class Parts:
 
     def fit_arguments(self) -> dict[str, Any]:
         """Arguments of the run's `FitWorker`. Threads are counted here, once: another count may round differently."""
-        return {**dict(self.config.fit), "threads": self.config.fit.threads or cores()}
+        fit = self.config.fit
+        return {k: v for k, v in fit if k != "labels"} | {"threads": fit.threads or cores()}
+
+
+def described(config: EnvConfig) -> tuple[dict[str, Any], ActionCodec, int | None]:
+    """What an environment says of itself: observation columns, its actions' codec, and the steps of its longest
+    episode, if it has a limit."""
+    env = make_env(config)
+    try:
+        space: Any = env.observation_space  # make_env gives a Dict
+        limit = config.time_limit or time_limit(env)
+        steps = -(-limit // config.action_repeat) if limit else None
+        return dict(space.spaces), ActionCodec(env.action_space), steps
+    finally:
+        env.close()
 
 
 def first_agent(collect: CollectConfig, codec: ActionCodec) -> Agent:
@@ -95,11 +101,20 @@ def first_agent(collect: CollectConfig, codec: ActionCodec) -> Agent:
     return {"sticky": StickyAgent, "mixed": MixedAgent}[collect.policy](codec, collect.hold)
 
 
+def first_policy(collect: CollectConfig) -> str:
+    """What ``first_agent`` is called."""
+    return collect.policy if collect.policy == "random" else f"{collect.policy}, hold {collect.hold}"
+
+
 def specification(config: RunConfig, columns: dict[str, Any], codec: ActionCodec) -> dict[str, Any]:
     """Arguments that rebuild a run's model and controller: "model" (of `build_model`), "controller" and "codec"."""
     m, c = config.model, config.controller
     shapes = {k: (tuple(box.shape), is_image(box)) for k, box in columns.items()}
-    model = {"kind": "vm", "columns": shapes, "act_dim": codec.dim, "features": c.features, **dict(m)}
+    model: dict[str, Any] = {"kind": m.kind, "columns": shapes, "act_dim": codec.dim}
+    if m.kind == "vm":
+        model |= {"features": c.features, **m.model_dump(exclude={"kind", "kwargs"})}
+    else:
+        model |= m.kwargs
     with torch.device("meta"):  # only its size is asked for
         feat_dim = build_model(**model).feat_dim
     controller = {"feat_dim": feat_dim, "act_dim": codec.dim, "kind": c.kind, "hidden": c.hidden}

@@ -24,7 +24,8 @@ from raywm.evaluate import scripted_actions, summarise
 from raywm.learners.cmaes import CMAES
 from raywm.learners.reinforce import Reinforce
 from raywm.log import RunLog
-from raywm.loops.parts import Parts, Played, in_order
+from raywm.loops.parts import Parts, Played, first_policy, in_order
+from raywm.loops.shared import read_shared
 from raywm.seeding import derive
 
 BLOCK = 1_000_000  # episode numbers of one iteration; trials take the second half of its block
@@ -100,6 +101,8 @@ class VMC:
     def collect(self) -> None:
         """The first turn: the random policy, until `initial_steps`. Later: C with exploration, some episodes."""
         config, state = self.config.collect, self.state
+        if self.config.data is not None:
+            return self._share()
         if state["iteration"] == 0:
             self.executor.rollouts.set_agent(self.parts.first_agent())
             played = self._take(0, steps=config.initial_steps, label="collect (random)")
@@ -114,15 +117,27 @@ class VMC:
         if played:
             self._tell("collect", **summarise([p[2] for p in played], [p[1] for p in played]))
 
+    def _share(self) -> None:
+        """The episodes of `data`, which are there already, instead of collected ones."""
+        if self.state["iteration"]:
+            return
+        shared = read_shared(self.out)
+        self.state["accepted"], self.state["random"] = shared["ids"], [ret for ret, _ in shared["first_policy"]]
+        if shared["first_policy"]:
+            told = summarise(*zip(*shared["first_policy"]))
+            self._tell("collect", data=shared["source"], **told)
+
     def trial(self) -> None:
-        """C without exploration: its episodes decide whether to stop, and are data like any other."""
+        """C without exploration: its episodes decide whether to stop, and are data like any other (but where the data
+        is given: then they only decide)."""
         state, count = self.state, self.config.target.episodes
         if self._trial_is_too_dear():  # half a trial must not decide anything
             if state["best_trial"] is None:  # never tried, but the only one there is
                 self._keep()
             return
         self.executor.rollouts.set_agent(self.parts.agent(self.weights, self.theta, state["iteration"]))
-        played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial")
+        stream = "collect" if self.config.data is None else "trial"  # ids of given episodes are not ours to give again
+        played = self._take(state["iteration"] * BLOCK + TRIALS, episodes=count, label="trial", stream=stream)
         real = float(np.mean([p[2] for p in played]))
         dreamt = state["dream_return_mean"]
         gap = None if dreamt is None else dreamt - real
@@ -147,7 +162,7 @@ class VMC:
         self.best_weights, self.best_theta = self.weights, self.theta
 
     def _take(
-        self, first: int, *, steps: int | None = None, episodes: int | None = None, label: str
+        self, first: int, *, steps: int | None = None, episodes: int | None = None, label: str, stream: str = "collect"
     ) -> list[tuple[int, int, float]]:
         """Play episodes from number `first` on and keep them in the order of their numbers, until there are so many
         steps or episodes, or the budget of real steps is spent: what is kept does not depend on who was faster.
@@ -169,7 +184,7 @@ class VMC:
         with self.log.progress(label, goal) as bar:
             while not enough():
                 numbers = itertools.count(number) if episodes is None else range(number, number + episodes - len(taken))
-                results = self.executor.rollouts.collect(numbers, "collect", left)
+                results = self.executor.rollouts.collect(numbers, stream, left)
                 with contextlib.closing(results):
                     for played in in_order(results, number):
                         number += 1
@@ -182,7 +197,8 @@ class VMC:
                         if enough():
                             break
             self.executor.rollouts.settle()
-        self.state["accepted"] += [f"collect-{t[0]:09d}" for t in taken]
+        if stream == "collect":
+            self.state["accepted"] += [f"collect-{t[0]:09d}" for t in taken]
         self.state["real_env_steps"] += total
         return taken
 
@@ -219,6 +235,11 @@ class VMC:
 
     def calibrate(self) -> None:
         """The policy that collected first, played in the dream from real starts, against its real returns."""
+        if not self.state["random"]:
+            self.log.say(
+                f"no calibration gap: {self.config.data} has no episodes of {first_policy(self.config.collect)}"
+            )
+            return
         self.executor.load_dream(self.weights, self.starts)
         seeds = [derive(self.config.seed, "calibrate", self.state["iteration"], i) for i in range(CALIBRATION_DREAMS)]
         rngs = [np.random.default_rng(s) for s in seeds]
@@ -365,7 +386,7 @@ class VMC:
             "real_return_mean": mean,
             "real_return_std": float(np.std(returns)),
             "real_return_episodes": len(returns),
-            "random_return_mean": float(np.mean(state["random"])),
+            "random_return_mean": float(np.mean(state["random"])) if state["random"] else None,
             "dream_return_mean": dreamt,
             "dream_gap": None if dreamt is None else dreamt - mean,
             "calibration_gap": state["best_calibration_gap"],
@@ -386,7 +407,8 @@ class VMC:
         return self.state["wall_seconds"] + time.monotonic() - self.began
 
     def _tell(self, kind: str, **metrics: Any) -> None:
-        self.log.write(kind, iteration=self.state["iteration"], real_env_steps=self.state["real_env_steps"], **metrics)
+        at = {"real_env_steps": self.state["real_env_steps"], "wall_seconds": round(self._wall(), 3)}
+        self.log.write(kind, iteration=self.state["iteration"], **at, **metrics)
 
     def save(self) -> None:
         """Everything the run needs to continue, atomically."""
@@ -413,6 +435,8 @@ class VMC:
             self.log.truncate(0)
             return
         saved = checkpoint.load(self.out / "checkpoints")
+        for name in ("model", "best_model"):
+            checkpoint.same_parameters(saved.tensors[name], self.weights, self.out, saved.made_by)
         self.state.update(saved.state)
         self.log.truncate(self.state["log_rows"])
         tensors, arrays = saved.tensors, saved.arrays

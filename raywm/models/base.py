@@ -113,6 +113,14 @@ class WorldModel(nn.Module, Stepping, ABC):
         """What is computed once a frame and kept for later phases (leaves (N, ...)); the observation itself here."""
         return obs
 
+    def pack(self, state: State) -> dict[str, Tensor]:
+        """A state that ``posterior`` gave, as small as it may be kept (leaves (N, *)); here in half precision."""
+        return {k: v.half() for k, v in state.items()}
+
+    def unpack(self, packed: dict[str, Tensor]) -> State:
+        """The state that ``pack`` was given, in float32."""
+        return {k: v.float() for k, v in packed.items()}
+
     def adapt(self, statistics: dict[str, dict[str, Tensor]]) -> None:
         """Take the scales of the data (of observation columns, rewards, ...) before a fit; nothing by default."""
 

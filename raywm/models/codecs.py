@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from raywm.models.heads import initialise, norm_mlp, symlog
+from raywm.models.heads import biased, initialise, norm_mlp, symlog
 
 Columns = Mapping[str, tuple[tuple[int, ...], bool]]  # name -> (shape, is_image)
 MULTIPLES = (1, 2, 4, 8)  # channels of the convolutions, in units of `depth`: each halves the image and doubles them
@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         self.squash, self.size = squash, 0
         self.mlp: nn.Sequential | None = None
         if self.vectors:
-            self.mlp = norm_mlp([sum(_length(columns[n][0]) for n in self.vectors), *[units] * layers])
+            self.mlp = norm_mlp([sum(_length(columns[n][0]) for n in self.vectors), *[units] * layers], raw=True)
             self.size += units
         self.cnns = nn.ModuleDict()
         for name in self.images:
@@ -57,11 +57,13 @@ class Encoder(nn.Module):
             channels = [shape[2], *(depth * m for m in MULTIPLES[: stages(name, shape)])]
             convs: list[nn.Module] = []
             for a, b in zip(channels[:-1], channels[1:], strict=True):
-                convs += [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=False), ChannelNorm(b)]
+                convs += [nn.Conv2d(a, b, 4, stride=2, padding=1, bias=not convs), ChannelNorm(b)]
             self.cnns[name] = nn.Sequential(*convs).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             halved = len(channels) - 1
             self.size += channels[-1] * (shape[0] >> halved) * (shape[1] >> halved)
         initialise(self)
+        for part in [self.mlp] * bool(self.vectors) + list(self.cnns.values()):
+            biased(part[0])  # type: ignore[index,arg-type]
 
     def vector(self, obs: Mapping[str, Tensor]) -> Tensor:
         """All vectors as one (N, D), squashed where asked for: what is encoded, and what is to be decoded."""

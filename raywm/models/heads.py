@@ -19,15 +19,27 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(x.abs())
 
 
-def norm_mlp(sizes: list[int]) -> nn.Sequential:
-    """Linear, LayerNorm, SiLU for every step between sizes.
+def norm_mlp(sizes: list[int], raw: bool = False) -> nn.Sequential:
+    """Linear, LayerNorm, SiLU for every step between sizes. `raw`: what comes in are the environment's numbers, whose
+    size says something (see ``biased``).
 
     DreamerV3 has RMSNorm; torch has no fused kernel of it for CPUs, where it costs five times a LayerNorm.
     """
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-        layers += [nn.Linear(a, b, bias=False), nn.LayerNorm(b), nn.SiLU()]
+    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        layers += [nn.Linear(a, b, bias=raw and i == 0), nn.LayerNorm(b), nn.SiLU()]
     return nn.Sequential(*layers)
+
+
+def biased(layer: nn.Linear | nn.Conv2d) -> None:
+    """Starts a bias before a norm like the weights of one more input, which is always 1.
+
+    A norm behind a layer without bias sees no more than its input's direction: of a single number the sign, of a flat
+    grey patch only whether it is light or dark. Nothing would come through from a bias of 0 until it is learned.
+    """
+    assert layer.bias is not None
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(layer.weight)
+    nn.init.normal_(layer.bias, std=(2 / (fan_in + fan_out)) ** 0.5)
 
 
 def initialise(module: nn.Module, scale: float = 1.0) -> None:

@@ -22,6 +22,7 @@ from raywm.models.heads import (
     StraightThrough,
     TwoHot,
     bernoulli_loss,
+    biased,
     categorical_kl,
     gaussian_kl,
     initialise,
@@ -83,6 +84,14 @@ class Categorical:
         one_hot: Tensor = StraightThrough.apply(self._logits(out, temperature), noise, self.unimix, out.dtype)
         return one_hot.flatten(-2)
 
+    def pack(self, stoch: Tensor) -> Tensor:
+        """One-hots (..., S * K) -> the numbers of their classes (..., S)"""
+        classes = stoch.unflatten(-1, self.shape).argmax(-1)
+        return classes.to(torch.uint8 if self.shape[1] <= 256 else torch.int16)
+
+    def unpack(self, classes: Tensor) -> Tensor:
+        return F.one_hot(classes.long(), self.shape[1]).flatten(-2).float()
+
     def kl(self, p: Stats, q: Stats) -> Tensor:
         return categorical_kl(p["probs"], q["probs"])
 
@@ -112,6 +121,12 @@ class Gaussian:
         """The network's outputs (..., 2 * S), normal numbers (..., S) -> (..., S)"""
         stats = self.stats(out)
         return stats["mean"] + stats["std"] * temperature**0.5 * noise
+
+    def pack(self, stoch: Tensor) -> Tensor:
+        return stoch.half()
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        return packed.float()
 
     def kl(self, p: Stats, q: Stats) -> Tensor:
         return gaussian_kl(p["mean"], p["std"], q["mean"], q["std"])
@@ -148,7 +163,7 @@ class BlockGRU(nn.Module):
         super().__init__()
         if deter % blocks:
             raise ValueError(f"got rssm.deter={deter}, rssm.blocks={blocks}; expected blocks that divide deter")
-        self.action_in = norm_mlp([act_dim, hidden])
+        self.action_in = norm_mlp([act_dim, hidden], raw=True)
         self.stoch_in = nn.Sequential(ScanLinear(stoch, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.deter_in = nn.Sequential(ScanLinear(deter, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.dense = ScanLinear(3 * hidden, deter)
@@ -156,6 +171,7 @@ class BlockGRU(nn.Module):
         self.norm = nn.LayerNorm(deter)
         self.gates = ScanLinear(deter, deter, blocks, parts=3)
         initialise(self)
+        biased(self.action_in[0])  # type: ignore[arg-type]
 
     def from_action(self, action: Tensor) -> Tensor:
         return self.action_in(action)
@@ -283,6 +299,13 @@ class RSSM(WorldModel):
     def imagine(self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0) -> Step:
         state, features, _ = self.advance(state, action, noise, temperature)
         return Step(state, *self.outcomes(features))
+
+    def pack(self, state: State) -> dict[str, Tensor]:
+        """2 bytes a number of deter, 1 a categorical variable (its class, exact), 2 a Gaussian one: 272 for nano."""
+        return {"deter": state["deter"].half(), "stoch": self.latent.pack(state["stoch"])}
+
+    def unpack(self, packed: dict[str, Tensor]) -> State:
+        return {"deter": packed["deter"].float(), "stoch": self.latent.unpack(packed["stoch"])}
 
     def features(self, state: State) -> Tensor:
         return torch.cat([state["deter"], state["stoch"]], -1)

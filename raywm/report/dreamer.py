@@ -107,7 +107,7 @@ def header(run: DreamerRun) -> str:
     tiles = [
         (
             "real return",
-            amount(real) + (f" ± {amount(spread)}" if spread is not None else ""),
+            amount(real) + ("" if spread is None else f" ±\u00a0{amount(spread)}"),
             note if real is not None else "no trial yet",
             "real",
         ),
@@ -135,11 +135,6 @@ def header(run: DreamerRun) -> str:
         lines.append(
             f"Dream: {steps} the agent gets {amount(imagined)} in its dream and {amount(played)} in reality. "
             + page.words(distance / scale, "The dream", "")
-        )
-    if here is not None and run.version != run.trained.version:
-        lines.append(
-            f"The saved agent has seen {run.version:,} updates; dreams and new episodes on this page are of the "
-            f"learner's last weights, {run.trained.version:,} updates."
         )
     return page.masthead(run, "Dreamer", what, status, tiles, lines)
 

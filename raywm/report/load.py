@@ -11,9 +11,8 @@ import numpy as np
 
 from raywm.data.episode import Episode
 from raywm.data.store import EpisodeStore, Snapshot
-from raywm.learners.dreamer import under
 from raywm.learners.dreamer_agent import DreamerAgent
-from raywm.loops.parts import dreamer_specification
+from raywm.log import read_rows
 from raywm.loops.saved import Saved, SavedDreamer, SavedRun
 from raywm.loops.vmc import BLOCK, TRIALS
 from raywm.seeding import derive
@@ -50,21 +49,21 @@ class Logged(SavedRun):
 
 
 class DreamerRun(Logged, SavedDreamer):
-    """A Dreamer run as its learner last saved it."""
+    """A Dreamer run: of its policies the one that counts, the first that reached the target or else the last."""
 
     @cached_property
     def trained(self) -> DreamerAgent:
-        """The greedy agent with the learner's weights; its model has its decoder and heads. ValueError: none yet."""
-        weights = self.tensors.get("learner")
-        if not weights:
-            raise ValueError(self.why)
-        spec = dreamer_specification(self.config, self.columns, self.codec)
-        policy = {f"{part}.{k}": v for part in ("model", "actor") for k, v in under(weights, part).items()}
-        return DreamerAgent(spec, policy, int(weights["updates"]), greedy=True)
+        """The greedy agent, and the model that it acts by. ValueError: none yet."""
+        return self.agent()
 
 
 class Run(Logged, Saved):
     """A V-M-C run, with what was logged and what was played."""
+
+    @property
+    def vm(self) -> bool:
+        """Whether the model is V and M; another one may have no latent z."""
+        return self.config.model.kind == "vm"
 
     @property
     def learned(self) -> list[str]:
@@ -104,14 +103,3 @@ def number(episode: Episode) -> int:
 
 def is_trial(episode: Episode) -> bool:
     return number(episode) % BLOCK >= TRIALS
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The lines of metrics.jsonl; a last one that is being written at this moment is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows

@@ -31,13 +31,27 @@ def encode(model: WorldModel, obs: Obs, chunk: int = 256) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def decode(model: WorldModel, z: Tensor, chunk: int = 256) -> Obs:
-    """Latents (N, Z) -> observation columns (N, *)."""
-    parts = []
-    for at in range(0, len(z), chunk):
-        piece = z[at : at + chunk]
-        parts.append(model.decode(model.initial(len(piece)) | {"z": piece}))
+def decode(model: WorldModel, states: State, chunk: int = 256) -> Obs:
+    """States, leaves (N, *) -> observation columns (N, *)."""
+    count = len(next(iter(states.values())))
+    parts = [model.decode({k: v[at : at + chunk] for k, v in states.items()}) for at in range(0, count, chunk)]
     return {k: np.concatenate([p[k].numpy() for p in parts]) for k in parts[0]}
+
+
+def decode_z(model: WorldModel, z: Tensor) -> Obs:
+    """V's latents (N, Z) -> observation columns (N, *)."""
+    return decode(model, model.initial(len(z)) | {"z": z})
+
+
+def kept(run: Run, obs: Obs, name: str) -> np.ndarray | None:
+    """What V keeps of a column (N, *) of observations; None for a model without V."""
+    return decode_z(run.model, encode(run.model, obs)["z_mean"])[name] if run.vm else None
+
+
+def shows(run: Run) -> bool:
+    """Whether the model decodes what a page would show of the observations."""
+    wanted = run.images or run.vectors[:1]
+    return set(wanted) <= set(run.model.decode(run.model.initial(1)))
 
 
 def spread_rows(episodes: Sequence[Episode], count: int, rng: np.random.Generator) -> list[tuple[Episode, np.ndarray]]:
@@ -116,9 +130,15 @@ def predictions(run: Run, episodes: Sequence[Episode], rows: int, samples: int, 
 class Replay:
     """S dreams from an episode's start under its own actions; T rows, the start included."""
 
-    z: Tensor  # (T, S, Z)
+    states: State  # leaves (T, S, *)
     reward: np.ndarray  # (T, S)
     alive: np.ndarray  # (T, S): the probability of having come so far
+
+    def decoded(self, model: WorldModel) -> Obs:
+        """Observation columns (T, S, *)."""
+        rows, samples = self.alive.shape
+        flat = decode(model, {k: v.flatten(0, 1) for k, v in self.states.items()})  # (T,S,*) -> (T*S,*)
+        return {k: v.reshape(rows, samples, *v.shape[1:]) for k, v in flat.items()}
 
 
 @torch.inference_mode()
@@ -128,23 +148,24 @@ def replay(run: Run, episode: Episode, rows: int, samples: int) -> Replay:
     start, _ = posteriors(run, [episode] * samples, 1, rng)
     state = {k: v[0] for k, v in start.items()}
     action = torch.from_numpy(encoded_actions(episode, run.codec))
-    zs, rewards, alive = [state["z"]], [torch.zeros(samples)], [torch.ones(samples)]
+    kept, rewards, alive = [state], [torch.zeros(samples)], [torch.ones(samples)]
     for t in range(1, min(rows, len(episode))):
         noise = model.noise(samples, rng)
         state, reward, cont = model.imagine(state, action[t].expand(samples, -1), noise, run.config.dream.temperature)
-        zs.append(state["z"])
+        kept.append(state)
         rewards.append(reward)
         alive.append(alive[-1] * cont)
-    return Replay(torch.stack(zs), torch.stack(rewards).numpy(), torch.stack(alive).numpy())
+    states = {k: torch.stack([s[k] for s in kept]) for k in state}
+    return Replay(states, torch.stack(rewards).numpy(), torch.stack(alive).numpy())
 
 
 @dataclass
 class OwnDreams:
-    """The controller's dreams from real starts: returns and lengths (E,), and the latents (T, Z) of the first."""
+    """The controller's dreams from real starts: returns and lengths (E,); the states of the first, leaves (T, *)."""
 
     returns: np.ndarray
     lengths: np.ndarray
-    z: Tensor
+    states: State
     reward: np.ndarray  # (T,), of the first dream
     alive: np.ndarray  # (T,)
 
@@ -170,23 +191,22 @@ def own_dreams(run: Run, count: int, seed: int, most: int | None = None) -> OwnD
     policy = PopulationPolicy(run.controller, run.codec, theta)
     total, length, living = torch.zeros(count), torch.zeros(count), torch.ones(count)
     sampled = run.config.dream.sampled_ends
-    zs, rewards, alive = [state["z"][0]], [0.0], [1.0]
+    kept, rewards, alive = [take(state, torch.tensor([0]))], [0.0], [1.0]
     for t in range(min(run.horizon, most or run.horizon)):
         action = policy(model.features(state), t)
         state, reward, cont = model.imagine(state, action, model.noise(count, rng), run.config.dream.temperature)
         total += living * reward
         length += living
         if living[0] > 0:
-            zs.append(state["z"][0])
+            kept.append(take(state, torch.tensor([0])))
             rewards.append(float(reward[0]))
         living = living * ((torch.rand(count, generator=rng) < cont).float() if sampled else cont)
-        if len(alive) < len(zs):
+        if len(alive) < len(kept):
             alive.append(float(living[0]))
         if not bool((living > 1e-3).any()):
             break
-    return OwnDreams(
-        total.double().numpy(), length.double().numpy(), torch.stack(zs), np.array(rewards), np.array(alive)
-    )
+    states = {k: torch.cat([s[k] for s in kept]) for k in state}
+    return OwnDreams(total.double().numpy(), length.double().numpy(), states, np.array(rewards), np.array(alive))
 
 
 def principal(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

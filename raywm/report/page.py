@@ -25,6 +25,7 @@ from raywm.report.videos import varying, write_videos
 
 EMBED_BYTES = 8 * 2**20  # a larger video is linked, not put into the page
 DIMS = 4  # dimensions shown where each has a panel of its own
+CONTENTS = "<!-- contents -->"  # where a masthead wants the links to the sections
 ROWS = 200  # of an episode, in charts along time
 
 
@@ -50,15 +51,24 @@ def write_report(run: str | Path) -> Path:
 
 def publish(of: Any, head: str, sections: list[tuple[str, Callable[[Any], str]]]) -> Path:
     """The page of a run from its header and what draws its sections, at RUN/report.html."""
-    body = [head]
-    for title, draw in sections:
-        body.append(f"<section><h2>{title}</h2>{_drawn(draw, of)}</section>")
-    title = f"{of.config.env.id}, seed {of.config.seed}"
-    template = resources.files("raywm.report").joinpath("page.html").read_text()
-    page = template.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body))
+    body = [head.replace(CONTENTS, contents([title for title, _ in sections]))]
+    for i, (title, draw) in enumerate(sections):
+        body.append(f'<section id="s{i}"><h2>{title}</h2>{_drawn(draw, of)}</section>')
     path = of.path / "report.html"
-    atomic_write_text(path, page)
+    write_page(path, f"{of.config.env.id}, seed {of.config.seed}", body)
     return path
+
+
+def write_page(path: Path, title: str, body: list[str]) -> None:
+    """A page of these pieces of HTML, with the one style that all pages have."""
+    template = resources.files("raywm.report").joinpath("page.html").read_text()
+    atomic_write_text(path, template.replace("{title}", html.escape(title)).replace("{body}", "\n".join(body)))
+
+
+def contents(titles: list[str]) -> str:
+    """Links to the sections of a page: it is long on a phone."""
+    links = "".join(f'<a href="#s{i}">{html.escape(title)}</a>' for i, title in enumerate(titles))
+    return f"<nav>{links}</nav>"
 
 
 def _drawn(draw: Callable[[Any], str], run: Any) -> str:
@@ -82,6 +92,12 @@ def say(text: str) -> str:
 
 def missing(text: str) -> str:
     return f'<p class="missing">{html.escape(text)}</p>'
+
+
+def commands(lines: list[str]) -> str:
+    """Command lines, each as long as it is: broken where the screen ends."""
+    inside = "".join(f"<code>{html.escape(line)}</code>" for line in lines)
+    return f'<pre class="commands">{inside}</pre>'
 
 
 def grid(*figures: str, wide: bool = False) -> str:
@@ -111,6 +127,12 @@ def needs_model(run: Run) -> str:
     return ""
 
 
+def needs_vm(run: Run) -> str:
+    """As ``needs_model``, for what only V and M have."""
+    why = f"Not drawn: {run.config.model.kind} is a model of its own, without V's latent z and M's mixtures."
+    return needs_model(run) if run.vm else missing(why)
+
+
 # ------------------------------------------------------------------------------------------------ the top of the page
 
 
@@ -128,7 +150,7 @@ def header(run: Run) -> str:
     tiles = [
         (
             "real return",
-            number(real) + (f" ± {number(spread)}" if spread is not None else ""),
+            number(real) + plus_minus(spread),
             figures["real_note"],
             "real",
         ),
@@ -146,7 +168,8 @@ def header(run: Run) -> str:
         ),
     ]
     kind = run.config.evolve.learner.upper().replace("CMAES", "CMA-ES")
-    what = f"A {run.config.controller.kind} controller on V and M, trained by {kind} in the {run.config.evolve.where}"
+    model = "V and M" if run.vm else f"the world model {run.config.model.kind}"
+    what = f"A {run.config.controller.kind} controller on {model}, trained by {kind} in the {run.config.evolve.where}"
     what = what.replace("in the both", "in the dream, then in reality").replace(
         "in the real", "in the real environment"
     )
@@ -163,14 +186,15 @@ def masthead(run: Any, algorithm: str, what: str, status: str, tiles: list[Tile]
         f"<small>{html.escape(note)}</small></div>"
         for name, value, note, kind in tiles
     )
-    again = shlex.join(["raywm", "train", str(run.path / "config.yaml"), "--out", f"{run.path}-again"])
+    again = shlex.join(["raywm", "train", *configs.command(run.config), "--out", f"{run.path}-again"])
     verdict = "".join(f"<p>{html.escape(line)}</p>" for line in trusted)
     return (
         f"<header><p class='kicker'>raywm {raywm.__version__}, {algorithm}</p>"
         f"<h1>{html.escape(run.config.env.id)} <small>seed {run.config.seed}</small></h1>"
+        f"<h2>What happened</h2>"
         f"<p>{html.escape(what)}. <strong>{html.escape(status)}</strong></p><div class='tiles'>{cells}</div>"
         f"<h2>How far to trust this dream</h2>{verdict}"
-        f"<p>The same run again:</p><pre><code>{html.escape(again)}</code></pre>"
+        f"<h2>The same run again</h2>{commands([again])}{CONTENTS}"
         "<p class='key'><i class='real'></i> reality <i class='dream'></i> dream, "
         "in every chart of this page</p></header>"
     )
@@ -210,6 +234,11 @@ def outcome(run: Run) -> dict[str, Any]:
     return figures
 
 
+def plus_minus(spread: float | None, digits: int = 1) -> str:
+    """What follows a mean; a line may break before the sign, not after it."""
+    return "" if spread is None else f" ±\u00a0{number(spread, digits)}"
+
+
 def signed(value: float | None) -> str:
     return "–" if value is None else ("+" if value > 0 else "−" if value < 0 else "") + number(abs(value))
 
@@ -219,7 +248,8 @@ def clock(seconds: float | None) -> str:
         return "–"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    text = f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return text.replace(" ", "\u00a0")  # on one line, however narrow its tile
 
 
 def trust(run: Run, figures: dict[str, Any]) -> list[str]:
@@ -353,7 +383,7 @@ def training(run: Run) -> str:
     rows = run.kind("fit")
     if not rows:
         return missing("Not there yet: nothing has been fitted.")
-    vision, memory = ([row for row in rows if row["phase"] == phase] for phase in ("vision", "memory"))
+    vision, memory = ([row for row in rows if (row["phase"] == "vision") == wanted] for wanted in (True, False))
     both = (("train_loss", "one training batch", plots.TRAIN), ("loss", "held-out episodes", plots.DREAM))
     charts = [curves(vision, "V's loss", "loss", *both)]
     for name in run.learned:
@@ -410,7 +440,7 @@ def cumulative(rows: list[dict[str, Any]]) -> tuple[np.ndarray, list[float]]:
 
 
 def reconstructions(run: Run) -> str:
-    if why := needs_model(run):
+    if why := needs_vm(run):
         return why
     if not run.learned:
         return say("Vision is “identity”: observations are only standardised, so z keeps everything.")
@@ -419,7 +449,7 @@ def reconstructions(run: Run) -> str:
     )
     picked = measure.spread_rows(run.held_out, 512, run.rng("frames"))
     obs = measure.gather(picked)
-    again = measure.decode(run.model, measure.encode(run.model, obs)["z_mean"])
+    again = measure.decode_z(run.model, measure.encode(run.model, obs)["z_mean"])
     for name in run.images:
         error = np.square(obs[name].astype(np.float32) / 255 - again[name].astype(np.float32) / 255).mean((1, 2, 3))
         order = np.argsort(error)
@@ -434,7 +464,7 @@ def reconstructions(run: Run) -> str:
     for name in (n for n in run.vectors if n in run.learned):
         episode = max(run.held_out, key=len)
         truth = np.asarray(episode.obs[name][:ROWS])
-        back = measure.decode(
+        back = measure.decode_z(
             run.model, measure.encode(run.model, {k: v[:ROWS] for k, v in episode.obs.items()})["z_mean"]
         )
         dims = varying(truth)[:DIMS] or [0]
@@ -448,7 +478,7 @@ def reconstructions(run: Run) -> str:
 
 
 def latents(run: Run) -> str:
-    if why := needs_model(run):
+    if why := needs_vm(run):
         return why
     picked = measure.spread_rows(run.snapshot.episodes, 3000, run.rng("latents"))
     z = measure.encode(run.model, measure.gather(picked))["z_mean"].numpy()
@@ -482,7 +512,7 @@ def reward_to_go(episode: Episode) -> np.ndarray:
 
 
 def mixtures(run: Run) -> str:
-    if why := needs_model(run):
+    if why := needs_vm(run):
         return why
     episode = max(run.held_out, key=len)
     along = measure.predictions(run, [episode], min(ROWS, len(episode)), 200, 10**9, "along")
@@ -526,6 +556,8 @@ def mixtures(run: Run) -> str:
 def trajectories(run: Run) -> str:
     if why := needs_model(run):
         return why
+    if not measure.shows(run):
+        return missing("Not drawn: this world model decodes no observation.")
     ordered = sorted(run.held_out, key=lambda e: (is_trial(e), len(e)))
     chosen = {e.id: e for e in (ordered[-1], ordered[len(ordered) // 2], ordered[0])}
     out = say(
@@ -537,7 +569,7 @@ def trajectories(run: Run) -> str:
     for episode in chosen.values():
         who = (
             "the controller's"
-            if is_trial(episode)
+            if is_trial(episode) and run.config.data is None
             else f"{episode.info.get('policy', episode.info.get('agent', ''))}".strip()
         )
         label = f"{episode.id} ({who or 'exploring'}, {episode.steps} steps)"
@@ -552,8 +584,7 @@ def trajectories(run: Run) -> str:
 def trajectory(run: Run, episode: Episode, rows: int, label: str) -> str:
     name, samples = run.vectors[0], 16 if run.images else 60  # to decode a sample is to draw its image too
     replay = measure.replay(run, episode, rows, samples)
-    flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
-    dreams = flat.reshape(rows, samples, -1)
+    dreams = replay.decoded(run.model)[name]  # (T, S, D)
     truth = np.asarray(episode.obs[name][:rows])
     dims = varying(truth)[:DIMS] or [0]
     end = rows - 1 if episode.is_terminal[-1] and rows == len(episode) else None
@@ -567,18 +598,19 @@ def film(run: Run, episode: Episode, rows: int, label: str) -> str:
     replay = measure.replay(run, episode, rows, 1)
     at = np.unique(np.minimum(np.array([0, 1, 2, 4, 7, 11, 16, 24, 35, 50, 75, 110, 160]), rows - 1))
     real = {k: np.asarray(v[:rows])[at] for k, v in episode.obs.items()}
-    kept = measure.decode(run.model, measure.encode(run.model, real)["z_mean"])[name]
-    dreamt = measure.decode(run.model, replay.z[torch.from_numpy(at), 0])[name]
-    image = plots.strip([real[name], kept, dreamt])
+    kept = measure.kept(run, real, name)
+    dreamt = measure.decode(run.model, {k: v[at, 0] for k, v in replay.states.items()})[name]
+    image = plots.strip([real[name], *([] if kept is None else [kept]), dreamt])
     steps = ", ".join(str(a) for a in at)
     alive = f"{replay.alive[at[-1], 0]:.0%}"
-    caption = f"{label}. Rows: reality, its reconstruction, the dream. Steps {steps}. Alive in the dream then: {alive}."
+    between = "" if kept is None else " its reconstruction,"
+    caption = f"{label}. Rows: reality,{between} the dream. Steps {steps}. Alive in the dream then: {alive}."
     return f"{picture(image, label)}<figcaption>{html.escape(caption)}</figcaption>"
 
 
 def videos(run: Run) -> str:
     folder = run.path / "videos"
-    if run.images and run.model is not None and run.held_out:
+    if run.images and run.model is not None and run.held_out and measure.shows(run):
         paths = write_videos(run)
     else:
         paths = sorted(folder.glob("*.mp4")) if folder.is_dir() else []

@@ -24,6 +24,8 @@ INK, MUTED, GRID, SURFACE = "#010101", "#020202", "#030303", "#040404"
 REAL, DREAM, TRAIN, OTHER = "#050505", "#060606", "#070707", "#080808"
 CSS = {INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface"}
 CSS |= {REAL: "real", DREAM: "dream", TRAIN: "train", OTHER: "other"}
+GROUPS = ("#090909", "#0a0a0a", "#0b0b0b", "#0c0c0c", "#0d0d0d", "#0e0e0e")  # of runs that are compared
+CSS |= {placeholder: f"g{i}" for i, placeholder in enumerate(GROUPS)}
 
 STYLE: Any = {
     "svg.fonttype": "none",

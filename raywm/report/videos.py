@@ -35,6 +35,8 @@ def dream_video(run: str | Path) -> Path:
     of = Run(run)
     if of.model is None:
         raise ValueError(of.why)
+    if not measure.shows(of):
+        raise ValueError(f"{of.path}: its world model decodes no observation, so there is nothing to film")
     if not of.held_out:
         raise ValueError(f"{of.path} has no episodes to compare its dream with; continue the run with --resume")
     return write_videos(of)[0]
@@ -63,12 +65,11 @@ def side_by_side(run: Run, episode: Episode) -> Iterator[np.ndarray]:
     """Reality, what V keeps of it, and the dream from the same start under the same actions."""
     name, rows = run.images[0], min(len(episode), MOST)
     real = np.asarray(episode.obs[name][:rows])
-    z = measure.encode(run.model, {k: v[:rows] for k, v in episode.obs.items()})["z_mean"]
-    kept = measure.decode(run.model, z)[name]
+    kept = measure.kept(run, {k: v[:rows] for k, v in episode.obs.items()}, name)
     replay = measure.replay(run, episode, rows, 1)
-    dreamt = measure.decode(run.model, replay.z[:, 0])[name]
+    dreamt = replay.decoded(run.model)[name][:, 0]
     ret, dream_ret = np.cumsum(episode.reward[:rows]), np.cumsum(replay.reward[:, 0])
-    heads = (("reality", REAL), ("what V keeps of it", INK), ("dream: same start, same actions", DREAM))
+    heads = [("reality", REAL), ("what V keeps of it", INK), ("dream: same start, same actions", DREAM)]
     for t in range(rows):
         ends = ", it ends here" if episode.is_terminal[t] else ""
         feet = (
@@ -76,13 +77,14 @@ def side_by_side(run: Run, episode: Episode) -> Iterator[np.ndarray]:
             "",
             f"return {dream_ret[t]:.0f}   still alive: {replay.alive[t, 0]:.0%}",
         )
-        yield panels((real[t], kept[t], dreamt[t]), heads, feet)
+        shown = list(zip((real[t], None if kept is None else kept[t], dreamt[t]), heads, feet))
+        yield panels(*zip(*(part for part in shown if part[0] is not None)))
 
 
 def own_dream(run: Run) -> Iterator[np.ndarray]:
     """The controller acting in its own dream, until the dream ends."""
     dream = measure.own_dreams(run, 1, run.seed("video"), MOST)
-    frames = measure.decode(run.model, dream.z)[run.images[0]]
+    frames = measure.decode(run.model, dream.states)[run.images[0]]
     ret = np.cumsum(dream.reward)
     for t, frame in enumerate(frames):
         over = t == len(frames) - 1 and len(frames) < MOST
@@ -114,10 +116,10 @@ def vector_frames(run: Run, episode: Episode, samples: int = 24) -> Iterator[np.
     """Reality's numbers as they come, over dreams of them from the same start under the same actions."""
     name, rows = run.vectors[0], min(len(episode), MOST // 2)
     replay = measure.replay(run, episode, rows, samples)
-    flat = measure.decode(run.model, replay.z.flatten(0, 1))[name]  # (T*S, D)
+    dreams = replay.decoded(run.model)[name]  # (T, S, D)
     head = f"{samples} dreams from the same start under the same actions"
     truth = np.asarray(episode.obs[name][:rows])
-    return drawn_vectors(name, truth, flat.reshape(rows, samples, -1), replay.alive, head)
+    return drawn_vectors(name, truth, dreams, replay.alive, head)
 
 
 def drawn_vectors(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import math
@@ -10,16 +12,18 @@ import platform
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
 import raywm
+from raywm.runtime.needs import Need, missing
 
 OBJECT_STORE_BYTES = 512 * 2**20  # local runs: weights and pieces of episodes in flight; the episodes are on disk
 VERSION_TIMEOUT_S = 120.0  # the first task on a node may have to unpack raywm there
+SAME_BITS = ("torch", "numpy", "gymnasium")  # other versions of these work, and may round or behave differently
 
 # Ray gives an actor as many OpenMP threads as it reserves CPUs (at least one). Waiting threads must not spin: beside a
 # busy neighbour that costs most of a batched dream's speed.
@@ -28,39 +32,83 @@ THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 def connect(
     address: str | None = None,
-    needed_cpus: float = 1,
-    needed_gpus: float = 0,
+    needs: float | Sequence[Need] = 1,
     *,
     modules: Iterable[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
     """Start a private Ray on this machine (address None or "local") or join the cluster at `address`.
 
-    `modules` are the names of the user's own modules (those of "module:EnvClass" environments); on a cluster they
-    and raywm travel along. Returns the cluster's resources. Does nothing but check when Ray is already running.
-    Raises ValueError when the cluster lacks what is needed or its nodes run another raywm or Python.
+    `needs`: what will be started, or a number of CPUs. `modules` are names of modules that the work imports: raywm and
+    the user's own ones (of "module:EnvClass" environments) travel to a cluster, installed ones must be there. Returns
+    the cluster's resources. Does nothing but check when Ray is already running.
+    Raises ValueError when the cluster lacks what is needed, refuses this process, or has nodes with another raywm,
+    Python or Ray, or without a module: one error that says which node has what.
     """
+    needs = [Need("worker", count=math.ceil(needs))] if isinstance(needs, (int, float)) else list(needs)
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of abandoned work: what matters is raised
     if ray.is_initialized():
-        return _check(needed_cpus, needed_gpus, "the running Ray")
+        return _check(needs, "the running Ray")
     if address in (None, "", "local"):
-        _start_local(needed_cpus, modules)
-        return _check(needed_cpus, needed_gpus, "this machine")
+        _start_local(sum(need.count * need.cpus for need in needs), modules)
+        return _check(needs, "this machine", memory=False)  # it has swap, and nobody to ask for another machine
     if address.startswith("ray://"):
         raise ValueError(
             f"address {address}: got a Ray client, expected a driver on a node of the cluster, where the run directory "
             "can be written; log in there and use --address auto, or submit the command with ray job submit"
         )
     _check_reachable(address)
-    _init(address=address, runtime_env=_runtime_env(modules))
+    modules = list(modules)
+    _join(address, modules)
     try:
-        resources = _check(needed_cpus, needed_gpus, f"the cluster at {address}")
-        _check_versions()
+        resources = _check(needs, f"the cluster at {address}")
+        _check_nodes(modules, say)
     except BaseException:
         ray.shutdown()
         raise
     say(f"joined Ray at {address}: {resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs")
     return resources
+
+
+def _join(address: str, modules: Sequence[str]) -> None:
+    """`ray.init`, with what a cluster may have against this process said in one line."""
+    try:
+        _init(address=address, runtime_env=_runtime_env(modules))
+    except ray.exceptions.AuthenticationError as error:
+        raise ValueError(
+            f"the cluster at {address} refuses this process: {error.message}. Its nodes and this process must hold the "
+            "same token, in ~/.ray/auth_token or RAY_AUTH_TOKEN, with RAY_AUTH_MODE=token everywhere"
+        ) from error
+    except RuntimeError as error:
+        if not str(error).startswith("Version mismatch"):
+            raise
+        there = " ".join(str(error).split()).removeprefix("Version mismatch: ")
+        raise ValueError(f"{there}. Install the same Ray and Python on every node and here") from error
+
+
+def spread(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Options of actors whose cores are what is asked for: on as many nodes with these labels as have any."""
+    return {} if _in_group() else {"scheduling_strategy": "SPREAD", **on(labels)}
+
+
+def on(labels: Mapping[str, str]) -> dict[str, Any]:
+    """Options of actors that belong on nodes with these labels."""
+    return {"label_selector": dict(labels)} if labels and not _in_group() else {}
+
+
+def beside(node: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    """Options of actors that are best on a node, if that has these labels and room, else on any with the labels."""
+    if _in_group():
+        return {}
+    return {
+        "label_selector": {"ray.io/node-id": node, **labels},
+        "fallback_strategy": [{"label_selector": dict(labels)}],
+    }
+
+
+def _in_group() -> bool:
+    """Whether this is a Tune trial: its placement group places its actors, and options that do would leave it."""
+    return ray.util.get_current_placement_group() is not None
 
 
 def _check_reachable(address: str) -> None:
@@ -80,7 +128,7 @@ def _check_reachable(address: str) -> None:
 def _start_local(needed_cpus: float, modules: Iterable[str]) -> None:
     # Workers inherit this process's environment: put first on their path what this process imports from, or a raywm run
     # from a checkout would not be found (or another, installed one would be).
-    paths = [str(path.parent) for path in (Path(raywm.__file__).parent, *map(_module_path, modules))]
+    paths = [str(path.parent) for path in _sources(modules)]
     paths += [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     before = dict(os.environ)
     os.environ.update(THREADS, PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)))
@@ -119,54 +167,91 @@ def _module_path(name: str) -> Path:
     return Path(spec.origin)
 
 
+def _sources(modules: Iterable[str]) -> list[Path]:
+    """raywm's own directory, and the user's modules: those that nobody has installed."""
+    paths = [path for path in map(_module_path, modules) if "site-packages" not in path.parts]
+    return list(dict.fromkeys([Path(raywm.__file__).parent, *paths]))
+
+
 def _runtime_env(modules: Iterable[str]) -> dict[str, Any]:
-    paths = [Path(raywm.__file__).parent, *map(_module_path, modules)]
-    paths = [path for path in paths if path.name == "raywm" or "site-packages" not in path.parts]
-    return {"py_modules": [str(path) for path in dict.fromkeys(paths)], "env_vars": THREADS}
+    return {"py_modules": [str(path) for path in _sources(modules)], "env_vars": THREADS}
 
 
-def _check(needed_cpus: float, needed_gpus: float, where: str) -> dict[str, float]:
+def _check(needs: Sequence[Need], where: str, memory: bool = True) -> dict[str, float]:
     """What the cluster has; actors that need more than there is would wait for ever."""
-    have = ray.cluster_resources()
-    lacking = [
-        f"{needed:g} {kind}s needed, {have.get(kind, 0):g} there"
-        for kind, needed in (("CPU", needed_cpus), ("GPU", needed_gpus))
-        if have.get(kind, 0) < needed
-    ]
-    if lacking:
-        raise ValueError(f"{where} is too small: {'; '.join(lacking)}. Ask for fewer workers, or add nodes")
-    return have
+    nodes = [dict(node) for node in ray.nodes() if node["Alive"]]
+    if not memory:
+        for node in nodes:
+            node["Resources"] = {k: v for k, v in node["Resources"].items() if k != "memory"}
+    if lacking := missing(needs, nodes):
+        raise ValueError(f"{where} is too small: {'; '.join(lacking)}. Ask for less, or add nodes")
+    return ray.cluster_resources()
 
 
-def _versions() -> tuple[str, str]:
-    import raywm as there
+def environment_modules(id: str) -> list[str]:
+    """The modules that an environment of this gymnasium id or "module:EnvClass" comes from."""
+    if ":" in id:
+        return [id.split(":")[0]]
+    import gymnasium
 
-    return there.__version__, platform.python_version()
+    spec = gymnasium.registry.get(id)
+    entry = getattr(spec, "entry_point", None)
+    return [entry.split(":")[0]] if isinstance(entry, str) else []
 
 
-def _check_versions() -> None:
-    """One tiny task on every node: it must run the raywm and the Python (major.minor) of this process."""
-    here = _versions()
+def _what_is_here(modules: Sequence[str]) -> dict[str, str]:
+    """Versions, and why those of `modules` that cannot be imported cannot."""
+    import raywm as here
+
+    found = {"raywm": here.__version__, "Python": platform.python_version(), "Ray": ray.__version__}
+    for package in SAME_BITS:
+        try:
+            found[package] = importlib.metadata.version(package).split("+")[0]  # "+cpu" and "+cu128" are builds of one
+        except importlib.metadata.PackageNotFoundError:
+            found[f"no {package}"] = "it is not installed"
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever a module's own code raises
+            found[f"no {module}"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _check_nodes(modules: Sequence[str], say: Callable[[str], None]) -> None:
+    """One tiny task on every node: what the work will import must be there, in the versions of this process."""
+    here = _what_is_here([])
     nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-    task = ray.remote(num_cpus=0, max_retries=0)(_versions)
-    refs = {task.options(scheduling_strategy=strategy(node, soft=False)).remote(): ip for node, ip in nodes.items()}
-    done, late = ray.wait(list(refs), num_returns=len(refs), timeout=VERSION_TIMEOUT_S)
-    if late:
-        raise ValueError(
-            f"no answer within {VERSION_TIMEOUT_S:g} s from {', '.join(refs[ref] for ref in late)}; "
-            "look at the node's runtime_env logs, or take it out of the cluster"
-        )
-    for ref in done:
+    task = ray.remote(num_cpus=0, max_retries=0)(_what_is_here)
+    refs = {
+        task.options(scheduling_strategy=strategy(node, soft=False)).remote(modules): ip for node, ip in nodes.items()
+    }
+    _, late = ray.wait(list(refs), num_returns=len(refs), timeout=VERSION_TIMEOUT_S)
+    wrong = {refs[ref]: [f"did not answer within {VERSION_TIMEOUT_S:g} s (see its runtime_env logs)"] for ref in late}
+    others: dict[str, list[str]] = {}
+    for ref, ip in refs.items():
+        if ref in late:
+            continue
         try:
             there = ray.get(ref)
         except ray.exceptions.RayError as error:
-            raise ValueError(
-                f"node {refs[ref]} cannot run raywm: {str(error).strip().splitlines()[-1]}. Install raywm's "
-                "dependencies there"
-            ) from error
-        if there[0] != here[0] or there[1].split(".")[:2] != here[1].split(".")[:2]:
-            raise ValueError(
-                f"node {refs[ref]} has raywm {there[0]} on Python {there[1]}, this process raywm {here[0]} on Python "
-                f"{here[1]}; install the same on every node"
-            )
+            wrong[ip] = [f"cannot run raywm ({str(error).strip().splitlines()[-1]})"]
+            continue
+        texts = wrong.setdefault(ip, [])
+        texts += [f"has {name} {there[name]}" for name in ("raywm", "Ray") if there[name] != here[name]]
+        if there["Python"].split(".")[:2] != here["Python"].split(".")[:2]:
+            texts.append(f"has Python {there['Python']}")
+        texts += [f"has {name} ({why})" for name, why in there.items() if name.startswith("no ")]
+        differ = [f"{name} {there[name]}" for name in SAME_BITS if there.get(name, here[name]) != here[name]]
+        if differ:
+            others.setdefault(", ".join(differ), []).append(ip)
+    if texts := [f"{ip} {', '.join(what)}" for ip, what in wrong.items() if what]:
+        raise ValueError(
+            f"not every node of the cluster has what this process has (raywm {here['raywm']}, Python {here['Python']}, "
+            f"Ray {here['Ray']}): {'; '.join(texts)}. Install the same everywhere, or take those nodes out"
+        )
+    for what, ips in others.items():
+        say(
+            f"{', '.join(ips)}: {what}, here {', '.join(f'{n} {here[n]}' for n in SAME_BITS)}; the same seed may give "
+            "other bits there"
+        )

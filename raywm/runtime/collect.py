@@ -24,7 +24,7 @@ from raywm.fast import FastCollector
 from raywm.log import Console
 from raywm.loops.dataset import STREAM, Collection
 from raywm.loops.executor import LocalRollouts
-from raywm.loops.parts import first_agent
+from raywm.loops.parts import first_agent, first_policy
 from raywm.spaces import ActionCodec, columns_to_json
 
 FIXED = ("env", "spaces", "policy", "seed", "stream", "envs")  # of the card: what decides the episodes
@@ -49,7 +49,8 @@ def collect_dataset(
     Args:
         config: its env, seed, collect and replay sections count.
         episodes, steps: how much there shall be in all; neither: 100 episodes.
-        policy: "random", "sticky", "mixed", a run's directory or "module:AgentClass"; None: `config.collect.policy`.
+        policy: "random", "sticky", "mixed", a run's directory, "rllib:CHECKPOINT" or "module:AgentClass"; None:
+            `config.collect.policy`.
         fast: in the environment's own vectorised form; its episodes are not reproducible one by one.
         made_with: the command, for the card; fixes: gets what to do about errors once something may be kept.
         resume: go on in a dataset that is there; it must be of the same environment, seed and policy.
@@ -81,8 +82,6 @@ def collect_dataset(
     if place.uri is not None:
         config = config.model_copy(update={"replay": config.replay.model_copy(update={"storage": place.uri})})
     modules = [module for module in [type(agent).__module__] if module.split(".")[0] not in ("raywm", "__main__")]
-    if ":" in config.env.id:
-        modules.append(config.env.id.split(":")[0])
     where = columns, codec, in_process, console, place.known, modules
     with _rollouts(config, place.directory, *where) as rollouts:
         place.write(columns, codec, card)
@@ -102,9 +101,8 @@ def _agent(
     policy = policy or config.collect.policy
     if policy in ("random", "sticky", "mixed"):
         config = config.model_copy(update={"collect": config.collect.model_copy(update={"policy": policy})})
-        name = policy if policy == "random" else f"{policy}, hold {config.collect.hold}"
-        return first_agent(config.collect, codec), name, config
-    if Path(policy).is_dir():
+        return first_agent(config.collect, codec), first_policy(config.collect), config
+    if policy.startswith("rllib:") or Path(policy).is_dir():
         live = load_agent(policy)
         theirs = columns_to_json(live.columns), live.codec.to_json()
         if theirs != (columns_to_json(columns), codec.to_json()):
@@ -116,7 +114,8 @@ def _agent(
     module, colon, cls = policy.partition(":")
     if not colon:
         raise ValueError(
-            f"--policy {policy!r}: expected random, sticky, mixed, the directory of a run, or module:AgentClass"
+            f"--policy {policy!r}: expected random, sticky, mixed, the directory of a run, rllib:CHECKPOINT, or "
+            "module:AgentClass"
         )
     try:
         found = getattr(importlib.import_module(module), cls)
@@ -229,11 +228,13 @@ def _rollouts(
         return
     import ray
 
-    from raywm.runtime.cluster import connect
+    from raywm.runtime.cluster import connect, environment_modules
+    from raywm.runtime.needs import Need
     from raywm.runtime.rollouts import Rollouts
 
     started = not ray.is_initialized()
-    connect(config.address, config.collect.workers, modules=modules, say=console.say)
+    needs = [Need("collector", "collect.workers", config.collect.workers, labels=config.collect.labels)]
+    connect(config.address, needs, modules=[*modules, *environment_modules(config.env.id)], say=console.say)
     try:
         with contextlib.closing(
             Rollouts(

@@ -16,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywm.config import RunConfig
 from raywm.learners.fitness import DreamWorker
 from raywm.loops.parts import Parts, joined, units
-from raywm.runtime.cluster import connect
+from raywm.runtime.cluster import beside, connect, environment_modules, on
+from raywm.runtime.needs import Need
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.rollouts import Rollouts
 from raywm.runtime.workers import Board, FitActor
@@ -25,6 +26,16 @@ from raywm.runtime.workers import Board, FitActor
 class _DreamActor(DreamWorker):
     def __init__(self, spec: dict[str, Any], arguments: dict[str, Any]):
         super().__init__(spec, **arguments)
+
+
+def needs_of(config: RunConfig, threads: int) -> list[Need]:
+    """The actors of a V-M-C run, whose trainer has so many threads."""
+    dream, fit = config.dream, config.fit
+    return [
+        Need("collector", "collect.workers", config.collect.workers, labels=config.collect.labels),
+        Need("dream worker", "dream.workers", dream.workers, dream.threads, labels=dream.labels),
+        Need("trainer", "fit.threads", 1, threads, fit.num_gpus, fit.labels),
+    ]
 
 
 class RayExecutor:
@@ -42,10 +53,10 @@ class RayExecutor:
         self.config, self.parts, self.say = config, Parts(config), say
         fit = self.parts.fit_arguments()
         self.threads = fit["threads"] if config.fit.threads else 1  # all cores of a laptop are not asked for twice
-        needed = config.collect.workers + config.dream.workers * config.dream.threads + self.threads
         self._started = not ray.is_initialized()
-        modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
-        connect(address or config.address, needed, config.fit.num_gpus, modules=modules, say=say)
+        own = [config.model.kind.split(":")[0]] if ":" in config.model.kind else []
+        modules = [*environment_modules(config.env.id), *own]
+        connect(address or config.address, needs_of(config, self.threads), modules=modules, say=say)
         self.node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(self.node, soft=False)
         self.rollouts = Rollouts(
@@ -82,9 +93,7 @@ class RayExecutor:
                     "options": {
                         "num_cpus": self.threads,
                         "num_gpus": c.fit.num_gpus,
-                        # beside the episodes if that node has room: elsewhere they travel through the object store
-                        "label_selector": {"ray.io/node-id": self.node},
-                        "fallback_strategy": [{"label_selector": {}}],
+                        **beside(self.node, c.fit.labels),  # the episodes: elsewhere they go through the object store
                     },
                     "timeout_s": None,
                 },
@@ -92,7 +101,7 @@ class RayExecutor:
                     "cls": _DreamActor,
                     "args": (spec, self.parts.dream_arguments()),
                     "count": c.dream.workers,
-                    "options": {"num_cpus": c.dream.threads},
+                    "options": {"num_cpus": c.dream.threads, **on(c.dream.labels)},
                     "timeout_s": c.dream.timeout_s,
                 },
             }

@@ -16,8 +16,9 @@ import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from raywm.config import RunConfig
-from raywm.loops.online_work import LAW, Answer, OnlineCollector, OnlineLearner, OnlineParts, Post
-from raywm.runtime.cluster import connect
+from raywm.loops.online_work import Answer, OnlineCollector, OnlineLearner, OnlineParts, Post
+from raywm.runtime.cluster import connect, environment_modules, on, spread
+from raywm.runtime.needs import Need
 from raywm.runtime.pool import START_FAILURES, PoolError, _cause
 from raywm.runtime.rollouts import Rollouts
 from raywm.runtime.shards import ShardedReplay
@@ -225,15 +226,13 @@ class RayOnline:
         self.config, self.parts, self.say, self.deaths = config, parts or OnlineParts(config), say, 0
         d, workers = config.dreamer, config.collect.workers
         self._started = not ray.is_initialized()
-        modules = [config.env.id.split(":")[0]] if ":" in config.env.id else []
-        self._cpus = d.threads or 1  # all cores of a laptop are not asked for twice
-        connect(
-            address or config.address,
-            workers + 1 + self._cpus * d.learners,
-            d.num_gpus * d.learners,
-            modules=modules,
-            say=say,
-        )
+        self._cpus, labels = d.threads or 1, config.collect.labels  # all cores of a laptop are not asked for twice
+        needs = [
+            Need("collector", "collect.workers", workers, labels=labels),
+            Need("evaluator", labels=labels),
+            Need("learner", "dreamer.learners", d.learners, self._cpus, d.num_gpus, d.labels),
+        ]
+        connect(address or config.address, needs, modules=environment_modules(config.env.id), say=say)
         self.rollouts = Rollouts(
             config.env,
             config.collect,
@@ -246,14 +245,15 @@ class RayOnline:
         )
         self.replay: Any = None
         places, timeout = self.rollouts.shards.places(), config.collect.timeout_s
-        one = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
-        self.learn = RayPost("learn", 0, LearnActor, [], {"num_cpus": self._cpus, "num_gpus": d.num_gpus})
+        one = {"num_cpus": 1, **spread(labels)}
+        learn = {"num_cpus": self._cpus, "num_gpus": d.num_gpus, **on(d.labels)}
+        self.learn = RayPost("learn", 0, LearnActor, [], learn)
         collect = [RayPost("collect", i, CollectActor, [(self.parts, places)], one, timeout) for i in range(workers)]
         self.posts = [self.learn, *collect, RayPost("evaluate", 0, CollectActor, [(self.parts, places)], one)]
 
     def start(self, until: Any) -> ShardedReplay:
         """Open the replay, what came after the marks `until` set aside, and start everybody."""
-        self.replay = ShardedReplay(self.rollouts.shards, until, **LAW)
+        self.replay = ShardedReplay(self.rollouts.shards, until, **self.parts.law)
         ranks = self.config.dreamer.learners
         self.learn._args = [(self.parts, self.replay, rank, ranks) for rank in range(ranks)]
         for post in self.posts:

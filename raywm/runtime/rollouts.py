@@ -17,6 +17,7 @@ from raywm.config import CollectConfig, EnvConfig, ReplayConfig
 from raywm.data.mirror import absolute, claim
 from raywm.loops.parts import Played
 from raywm.playing import BROKEN_SHARE, MAY_BREAK
+from raywm.runtime.cluster import spread
 from raywm.runtime.pool import Part, WorkerPool
 from raywm.runtime.shards import Shards, place
 from raywm.runtime.workers import CollectWorker
@@ -58,7 +59,7 @@ class Rollouts:
             directory,
             columns,
             codec,
-            place(directory, replay.shards == "nodes", storage),
+            place(directory, replay.shards == "nodes", storage, collect.labels),
             storage=storage,
             segment_bytes=int(replay.segment_mb * mb),
             capacity_bytes=None if replay.capacity_mb is None else int(replay.capacity_mb * mb),
@@ -81,8 +82,7 @@ class Rollouts:
                 CollectWorker,
                 self._worker,
                 self.config.workers,
-                # SPREAD: their cores are what is asked for, on as many nodes as have any
-                options={"num_cpus": 1, "scheduling_strategy": "SPREAD"},
+                options={"num_cpus": 1, **spread(self.config.labels)},
                 name="collect",
                 timeout_s=self.config.timeout_s,
                 on_death=self._on_death,

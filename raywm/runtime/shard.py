@@ -196,14 +196,22 @@ class ReplayShard:
 
     def sample(
         self, law: Law, B: int, T: int, seed: int, held: bool, density: float | None
-    ) -> tuple[dict[str, np.ndarray], list[str], np.ndarray | None, tuple[int, float]]:
-        """B sequences of T rows: arrays by the names of `Batch.tensors`, which travel without pickling; ids, keys and
-        the new ``mass``."""
+    ) -> tuple[tuple[Any, ...], tuple[int, float]]:
+        """B sequences of T rows: the arguments of `Batch.of`, whose arrays travel without pickling; and the new
+        ``mass``."""
         replay, buffer = self._replay(law), self._buffers.get((B, T))
         batch = replay.sample(B, T, np.random.default_rng(seed), out=buffer, held=held, density=density)
         self._buffers = {(B, T): batch}  # what is returned is copied into the object store, and this is filled again
         arrays = {name: tensor.numpy() for name, tensor in batch.tensors().items()}
-        return arrays, batch.ids, batch.keys, self._weigh(replay, T, held)
+        stored = None
+        if batch.stored is not None and batch.known is not None:
+            stored = {name: tensor.numpy() for name, tensor in batch.stored.items()}, batch.known.numpy()
+        return (arrays, batch.ids, batch.keys, batch.rows, stored), self._weigh(replay, T, held)
+
+    def write(self, law: Law, keys: np.ndarray, states: dict[str, np.ndarray]) -> None:
+        """See `Replay.write`; after a restart these are keys of before, and passed over."""
+        if law in self._replays:
+            self._replays[law].write(keys, states)
 
     def update(self, law: Law, keys: np.ndarray, priorities: np.ndarray) -> None:
         """See `Replay.update`; after a restart these are keys of before, and passed over."""
@@ -249,6 +257,7 @@ class ReplayShard:
             "steps": store.steps,
             "broken": len(store.broken),
             "bytes": store.bytes,
+            "latent_bytes": sum(replay.latent_bytes for replay in self._replays.values()),  # in memory
             "segments": len(sealed),
             "to_upload": sum(p.name not in self.uploaded for p in sealed) if self.storage else 0,
             "trouble": self.trouble if self._failed is None else str(self._failed),

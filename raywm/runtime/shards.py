@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import secrets
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,18 +27,22 @@ from raywm.spaces import columns_to_json
 Answer = TypeVar("Answer")
 
 
-def place(directory: Path, on_nodes: bool, storage: str | None = None) -> dict[str, str]:
+def place(
+    directory: Path, on_nodes: bool, storage: str | None = None, labels: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Which shards a run has, by the name of their directory, and the id of the node where each belongs.
 
-    Either the embedded one, in `directory` itself on this node; or one on each node with CPUs. Those that an earlier
-    start of the run had stay, on the node that has their disk if it is still there: `directory`/shards.json knows, or,
-    where it is gone, their names in the storage tell. Names end at random: what another run has left in this path on
-    some node is never taken for this one's.
+    Either the embedded one, in `directory` itself on this node; or one on each node with CPUs and these labels. Those
+    that an earlier start of the run had stay, on the node that has their disk if it is still there:
+    `directory`/shards.json knows, or, where it is gone, their names in the storage tell. Names end at random: what
+    another run has left in this path on some node is never taken for this one's.
     """
     here = ray.get_runtime_context().get_node_id()
     if not on_nodes:
         return {"": here}
-    nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")}
+    able = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")]
+    able = [n for n in able if (labels or {}).items() <= n["Labels"].items()]
+    nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in able}
     free = sorted(nodes, key=lambda node: (node != here, node))
     record = directory / "shards.json"
     before: dict[str, str] = json.loads(record.read_text()) if record.exists() else {}
@@ -126,11 +131,11 @@ class ShardedReplay:
 
     Each shard draws and copies its part on its own node, as many sequences as its share of the rows (of the priorities,
     of the episodes: of what the law counts), as they were when the batch before was drawn. A shard that is restarted
-    has no priorities any more, and goes on keeping aside what was later than `until` when this was made.
+    has no priorities and no states any more, and goes on keeping aside what was later than `until` when this was made.
 
     Args:
-        shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, alpha, beta,
-            include_incomplete); until: a ``mark`` from a checkpoint, see `Replay`.
+        shards: of the run; law: arguments of `Replay` (mode, cross, held_out, ends, half_life, context, alpha,
+            beta, include_incomplete); until: a ``mark`` from a checkpoint, see `Replay`.
     """
 
     def __init__(self, shards: Shards, until: Sequence[dict[str, Any]] | None = None, **law: Any):
@@ -138,13 +143,17 @@ class ShardedReplay:
         count = len(self.actors)
         self._until: list[Any] = [*(until or []), *[None] * count][:count]  # of each shard, for its first opening
         self._aside: list[list[str]] = [[] for _ in range(count)]  # and for those after a restart
-        self._numbers = list(range(count))  # of their replays: modulo the number of shards, their places
         self._masses: dict[tuple[int, bool], list[tuple[int, float]]] = {}  # by T and held, with the last batch of such
         self._open(range(count))
 
     def _open(self, which: Iterable[int]) -> None:
+        # A replay's number: modulo the number of shards its place, and else never used before, whoever of several
+        # learners opens it again: the keys of before must not name rows of the new one.
+        count, rounds = len(self.actors), 2 ** (63 - SHARD_BITS) // len(self.actors)
         asked = {
-            i: self.actors[i].open_replay.remote(self.law, self._numbers[i], self._until[i], self._aside[i])
+            i: self.actors[i].open_replay.remote(
+                self.law, i + count * secrets.randbelow(rounds), self._until[i], self._aside[i]
+            )
             for i in which
         }
         for i, aside in zip(asked, _get(list(asked.values()))):
@@ -158,9 +167,6 @@ class ShardedReplay:
             except NotOpenError:
                 serve = _get([actor.serves.remote(self.law) for actor in self.actors])
                 again = [i for i, serves in enumerate(serve) if not serves]
-                count = len(self.actors)
-                for i in again:  # the keys of before must not name rows of the new one
-                    self._numbers[i] = (self._numbers[i] + count) % (count * (2 ** (63 - SHARD_BITS) // count))
                 self._masses.clear()
                 self._open(again)
 
@@ -208,9 +214,9 @@ class ShardedReplay:
             if count
         }
         parts = []
-        for i, (arrays, ids, keys, mass) in zip(asked, _get(list(asked.values()))):
+        for i, (batch, mass) in zip(asked, _get(list(asked.values()))):
             known[i] = mass
-            parts.append(Batch.of(arrays, ids, keys))
+            parts.append(Batch.of(*batch))
         return merge(parts, out)
 
     def update(self, keys: np.ndarray, priorities: np.ndarray) -> None:
@@ -219,6 +225,13 @@ class ShardedReplay:
         for i, actor in enumerate(self.actors):
             if (ours := at == i).any():
                 actor.update.remote(self.law, keys[ours], priorities[ours])
+
+    def write(self, keys: np.ndarray, states: Mapping[str, np.ndarray]) -> None:
+        """Keep what a model knows after rows (N,), arrays (N, *); returns at once. See `Replay.write`."""
+        at = shards_of(keys) % len(self.actors)
+        for i, actor in enumerate(self.actors):
+            if (ours := at == i).any():
+                actor.write.remote(self.law, keys[ours], {name: array[ours] for name, array in states.items()})
 
 
 def _get(refs: Any) -> Any:

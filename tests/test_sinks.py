@@ -1,0 +1,217 @@
+"""Metrics beside metrics.jsonl: Weights & Biases, MLflow, Prometheus through Ray."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+import urllib.request
+from pathlib import Path
+
+import pytest
+from test_report import SMALL
+from typer.testing import CliRunner
+
+from raywm import config as configs
+from raywm.cli import app
+from raywm.log import RunLog
+from raywm.sinks import NAMES_FILE, check_sinks, open_sinks
+
+TINY = [*SMALL, "iterations=1", "collect.initial_steps=60", "log.console=false"]
+
+
+class Recorder:
+    """A sink that remembers, and breaks where it is told to."""
+
+    def __init__(self, breaks: str = ""):
+        self.heard, self.breaks = [], breaks
+
+    def write(self, row, step):
+        if row["kind"] == self.breaks:
+            raise ConnectionError("gone")
+        self.heard.append((row["kind"], step, row.get("loss")))
+
+    def finish(self, summary):
+        self.heard.append(("summary", summary))
+
+    def close(self, failed):
+        self.heard.append(("close", failed))
+
+
+def test_sinks_hear_every_line_once_though_a_resume_writes_them_again(tmp_path):
+    first = Recorder()
+    with RunLog(tmp_path, console=False, sinks=[first]) as log:
+        for loss in (3.0, 2.0, 1.0):
+            log.write("train", loss=loss)
+        log.write("trial", return_mean=1)
+        log.finish({"real": 1})
+    assert first.heard == [
+        ("train", 0, 3.0), ("train", 1, 2.0), ("train", 2, 1.0), ("trial", 0, None),
+        ("summary", {"real": 1}), ("close", False),
+    ]  # fmt: skip
+    again = Recorder()
+    with pytest.raises(KeyError), RunLog(tmp_path, console=False, sinks=[again]) as log:
+        log.truncate(1)
+        for loss in (2.0, 1.0, 0.5):
+            log.write("train", loss=loss)
+        raise KeyError
+    assert again.heard == [("train", 3, 0.5), ("close", True)]
+
+
+def test_a_sink_that_breaks_ends_with_a_warning_and_alone(tmp_path):
+    broken, whole = Recorder(breaks="trial"), Recorder()
+    with RunLog(tmp_path, tensorboard=False, console=False, sinks=[broken, whole]) as log:
+        with pytest.warns(UserWarning, match="Recorder hears no more of this run: ConnectionError: gone"):
+            log.write("trial", loss=1.0)
+        log.write("train", loss=2.0)
+    assert [h[0] for h in broken.heard] == [] and [h[0] for h in whole.heard] == ["trial", "train", "close"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_missing_library_is_said_before_there_is_a_run(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["train", "cartpole", f"log.{name}=project", "--in-process", "--out", str(out)])
+    assert done.exit_code == 2 and f'pip install "raywm[{name}]"' in done.output
+    assert not out.exists()
+    check_sinks(configs.load("cartpole"))
+
+
+class FakeWandB(types.ModuleType):
+    """What raywm uses of wandb, by its documented names."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs: list[dict] = []
+
+    def init(self, **options):
+        assert set(options) == {"id", "resume", "project", "name", "dir", "config"} and options["resume"] == "allow"
+        run = {"options": options, "logged": [], "axes": {}, "summary": {}, "exit": None}
+        self.runs.append(run)
+        return types.SimpleNamespace(
+            define_metric=lambda name, step_metric: run["axes"].__setitem__(name, step_metric),
+            log=run["logged"].append,
+            summary=run["summary"],
+            finish=lambda exit_code: run.update(exit=exit_code),
+        )
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    module = FakeWandB()
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return module
+
+
+def test_wandb_gets_config_lines_and_summary_and_goes_on_after_a_resume(wandb, tmp_path):
+    out = tmp_path / "run"
+    command = ["train", "cartpole", *TINY, "log.wandb=my-project", "--in-process", "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    (run,) = wandb.runs
+    assert run["options"]["project"] == "my-project" and run["options"]["name"] == "run"
+    assert run["options"]["config"]["fit.batch"] == 8 and run["axes"]["fit/*"] == "fit/count"
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["fit/loss"] for line in run["logged"] if "fit/loss" in line]
+    assert losses == [row["loss"] for row in rows if row["kind"] == "fit"] and len(losses) >= 2
+    assert run["summary"] == json.loads((out / "summary.json").read_text()) and run["exit"] == 0
+    assert CliRunner().invoke(app, [*command, "iterations=2", "--resume"]).exit_code == 0
+    assert wandb.runs[1]["options"]["id"] == run["options"]["id"]
+    kinds = [next(iter(line)).split("/")[0] for line in wandb.runs[1]["logged"]]
+    assert kinds[0] == "collect" and len(wandb.runs[1]["logged"]) < len(rows) + 2
+
+
+def test_a_sink_that_cannot_begin_is_one_line(wandb, tmp_path):
+    def init(**options):
+        raise RuntimeError("not logged in")
+
+    wandb.init = init
+    with pytest.raises(ValueError, match=r"log\.wandb: got 'p', which wandb cannot open: not logged in; log in with"):
+        open_sinks(configs.load("cartpole", ["log.wandb=p"]), tmp_path)
+
+
+def test_mlflow_itself(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    out = tmp_path / "run"
+    for turn in range(2):  # the second goes on in the same MLflow run, with more of what may change at a resume
+        config = configs.load("cartpole", ["log.mlflow=worlds", "seed=5", f"iterations={turn + 3}"])
+        with RunLog(out, tensorboard=False, console=False, sinks=open_sinks(config, out)) as log:
+            log.write("train", loss=1.0 + turn, nothing=None, words="x")
+            log.finish({"real_return_mean": 7.0, "stopped": "done"})
+    client = mlflow.MlflowClient()
+    name = json.loads((out / NAMES_FILE).read_text())["mlflow"]
+    run = client.get_run(name)
+    assert run.info.run_name == "run" and run.info.status == "FINISHED"
+    assert run.data.params["seed"] == "5" and run.data.params["env.id"] == "CartPole-v1"
+    assert run.data.params["iterations"] == "3"
+    assert [(m.step, m.value) for m in client.get_metric_history(name, "train/loss")] == [(0, 1.0), (1, 2.0)]
+    assert run.data.metrics["summary/real_return_mean"] == 7.0
+    assert client.get_experiment(run.info.experiment_id).name == "worlds"
+
+
+def scrape(ray) -> dict[str, float]:
+    """What Prometheus would read of raywm: name and run -> value."""
+    node = ray.nodes()[0]
+    with urllib.request.urlopen(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        if line.startswith("ray_raywm_"):
+            name, _, rest = line.partition("{")
+            labels, _, value = rest.rpartition("} ")
+            found[f"{name} {'run=' + labels.split('run=')[1].split(',')[0]}".replace('"', "")] = float(value)
+    return found
+
+
+def test_prometheus_counts_a_run_on_ray(ray_session, tmp_path):
+    from raywm.runtime.metrics import RayMetrics
+
+    out = tmp_path / "counted"
+    sink = RayMetrics(configs.load("dreamer-cartpole"), out)
+    for steps, updates in ((100, 10), (250, 40), (300, 35)):  # the learner went back
+        sink.write({"kind": "train", "real_env_steps": steps, "updates": updates, "train_ratio": 3.5}, 0)
+    for _ in range(3):
+        sink.write({"kind": "episode", "real_env_steps": 300, "return": 9.0}, 0)
+    sink.write({"kind": "trial", "real_env_steps": 320, "return_mean": 12.5, "episodes": 4}, 0)
+    sink.finish({"worker_deaths": 2})
+    wanted = {
+        "ray_raywm_real_steps_total run=counted": 320,
+        "ray_raywm_updates_total run=counted": 40,
+        "ray_raywm_episodes_total run=counted": 7,
+        "ray_raywm_return run=counted": 12.5,
+        "ray_raywm_train_ratio run=counted": 3.5,
+        "ray_raywm_worker_deaths run=counted": 2,
+    }
+    end, seen = time.monotonic() + 60, {}
+    while time.monotonic() < end and not wanted.items() <= seen.items():
+        time.sleep(1)
+        seen = scrape(ray_session)
+    assert wanted.items() <= seen.items(), seen
+
+
+def test_the_command_line_counts_in_ray(tmp_path, monkeypatch, ray_session):
+    from raywm.runtime import metrics
+
+    told = []
+    monkeypatch.setattr(metrics.RayMetrics, "_metric", lambda self, name, kind, text: Told(name, told))
+    out = Path(tmp_path / "run")
+    command = ["train", "cartpole", *TINY, "collect.workers=1", "dream.workers=1", "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    summary = json.loads((out / "summary.json").read_text())
+    assert sum(v for name, v in told if name == "raywm_real_steps") == summary["real_env_steps"]
+    assert [v for name, v in told if name == "raywm_return"][-1] == summary["real_return_mean"]
+
+
+class Told:
+    def __init__(self, name, told):
+        self.name, self.told = name, told
+
+    def inc(self, value):
+        self.told.append((self.name, value))
+
+    set = inc

@@ -1,4 +1,6 @@
+import gc
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -23,3 +25,17 @@ def ray_session():
         )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def all_cpus(ray_session):
+    """Every logical CPU is free: what earlier tests left behind, as actors that are still ending, is gone."""
+    until = time.monotonic() + 60
+    while (free := ray_session.available_resources().get("CPU", 0)) < 8:
+        if time.monotonic() > until:
+            from ray.util.state import list_actors
+
+            left = [(a.class_name, a.name) for a in list_actors(filters=[("state", "=", "ALIVE")])]
+            pytest.fail(f"{free} of 8 CPUs are free, and these actors live: {left}")
+        gc.collect()
+        time.sleep(0.2)

@@ -299,7 +299,7 @@ def test_smoke(name, tmp_path, ray_session):
     smoke_search(name, tmp_path, *([] if name in inside else ["resources.in_process=false"]))
 
 
-def test_actors_are_scheduled_inside_the_trials_group(tmp_path, ray_session):
+def test_actors_are_scheduled_inside_the_trials_group(tmp_path, all_cpus):
     # its group takes all 8 CPUs there are: an actor outside of it would wait for ever
     overrides = {**SMALL["overrides"], "iterations": 1, "dream": {**SMALL["overrides"]["dream"], "threads": 6}}
     search = searched(tmp_path, overrides=overrides, resources=None, trials=1, concurrent=1)

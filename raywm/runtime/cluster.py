@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import raywm
 from raywm.runtime.needs import Need, missing
@@ -104,6 +105,33 @@ def beside(node: str, labels: Mapping[str, str]) -> dict[str, Any]:
         "label_selector": {"ray.io/node-id": node, **labels},
         "fallback_strategy": [{"label_selector": dict(labels)}],
     }
+
+
+_seats: dict[tuple[Any, str], int] = {}  # (placement group, actor's name): its bundle
+
+
+def seat(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that put an actor with these `options` into a bundle of its own, where this is a Tune trial.
+
+    Ray alone puts it into any bundle with room for it: two actors of one CPU in that of an actor of six, which then
+    waits for ever beside two free bundles. A replacement takes the seat of whoever had its name. In a group that has no
+    bundle of just this size free, Ray chooses.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is None:
+        return {}
+    if (group.id, name) not in _seats:
+        wanted = {"CPU": options.get("num_cpus", 0), "GPU": options.get("num_gpus", 0)}
+        own = ray.get_runtime_context().get_assigned_resources()
+        taken = {index for (which, _), index in _seats.items() if which == group.id}
+        taken |= {0} if own.get("CPU") or own.get("GPU") else set()  # the trial itself sits in the first
+        for index, bundle in enumerate(group.bundle_specs):
+            if index not in taken and bundle == {kind: amount for kind, amount in wanted.items() if amount}:
+                _seats[group.id, name] = index
+                break
+        else:
+            return {}
+    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, _seats[group.id, name], True)}
 
 
 def _in_group() -> bool:

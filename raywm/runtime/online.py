@@ -17,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from raywm.config import RunConfig
 from raywm.loops.online_work import Answer, OnlineCollector, OnlineLearner, OnlineParts, Post
-from raywm.runtime.cluster import connect, environment_modules, on, spread
+from raywm.runtime.cluster import connect, environment_modules, on, seat, spread
 from raywm.runtime.needs import Need
 from raywm.runtime.pool import START_FAILURES, PoolError, _cause
 from raywm.runtime.rollouts import Rollouts
@@ -130,7 +130,8 @@ class RayPost(Post):
             return
         host: Any = ray.remote(_Host)
         options = {**self._options, "max_restarts": 0, "max_task_retries": 0}
-        self._actors = [host.options(**options).remote(f"{self.name}.{rank}") for rank in range(len(self._args))]
+        names = [f"{self.name}.{rank}" for rank in range(len(self._args))]
+        self._actors = [host.options(**options, **seat(name, options)).remote(name) for name in names]
         more = []
         if len(self._actors) > 1:
             more = [self._actors[0].address.remote()]

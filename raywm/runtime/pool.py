@@ -18,6 +18,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from raywm.runtime.cluster import seat
+
 SAY_AFTER_S = 60.0  # silence after which the pool says what it waits for
 UNIT_DEATHS = 4  # workers that one unit of work may take down before it is the unit that is blamed
 START_FAILURES = 3  # consecutive failures to start one worker before the pool gives up, if no other worker is up
@@ -273,7 +275,8 @@ class WorkerPool:
 
     def _spawn(self, slot: _Slot) -> None:
         host: Any = ray.remote(concurrency_groups={"beside": 1})(_Host)  # type: ignore[call-overload]
-        actor = host.options(**self._options).remote(f"{self.name}-{slot.index}")
+        name = f"{self.name}-{slot.index}"
+        actor = host.options(**self._options, **seat(name, self._options)).remote(name)
         slot.actor, slot.started, slot.ready, slot.pid = actor, False, False, None
         slot.born = slot.head_since = time.monotonic()
         self._await(slot, actor.start.remote(self._cls, self._args), "start")

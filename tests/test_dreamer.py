@@ -168,6 +168,42 @@ def test_draw_has_the_chances_it_was_given():
     assert draw(torch.tensor([[500.0, -500.0, 499.0]]), torch.tensor([0.3])).sum() == 1
 
 
+@pytest.mark.parametrize("action", ["discrete", "box"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_dreaming_in_numbers_of_classes_is_dreaming_in_one_hots(action, blocks):
+    losses, weights = [], []
+    for dense in (False, True):
+        learner, batch = make(action, rssm__blocks=blocks)
+        assert learner.model.onehots == learner.model.latent.shape
+        if dense:
+            learner.model.onehots = None
+        for _ in range(2):  # the first one moves reward and critic away from 0
+            losses.append({k: float(v) for k, v in learner.update(batch).items()})
+        weights.append(learner.tensors())
+    for a, b in zip(losses[:2], losses[2:]):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], rtol=1e-3, atol=1e-5), name
+
+
+def test_compact_features_are_features():
+    from raywm.models.heads import Head
+
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+        head = Head(5 + 12, 8, 1, 3, onehots=(3, 4)).to(dtype)
+        classes = torch.randint(4, (6, 7, 3))
+        deter = torch.randn(6, 7, 5).to(dtype)
+        dense = torch.cat([deter, torch.nn.functional.one_hot(classes, 4).flatten(-2).to(dtype)], -1)
+        said, grads = [], []
+        for features in (dense, torch.cat([deter, classes.to(dtype)], -1)):
+            head.zero_grad()
+            said.append(head(features))
+            said[-1].square().sum().backward()
+            grads.append([p.grad.clone() for p in head.parameters()])
+        assert torch.allclose(*said, atol=close)
+        assert all(torch.allclose(a, b, rtol=close, atol=10 * close) for a, b in zip(*grads))
+
+
 def test_straight_through_has_the_gradients_of_the_probabilities():
     logits = torch.randn(3, 2, 5, requires_grad=True)
     uniform, up = torch.rand(3, 2), torch.randn(3, 2, 5)

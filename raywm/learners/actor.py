@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from raywm.models.heads import Head, draw, mixed_probs
+from raywm.models.heads import Head, OneHots, draw, mixed_probs
 
 MIN_STD, MAX_STD = 0.1, 1.0
 
@@ -18,15 +18,23 @@ class Actor(nn.Module):
     [-1, 1] and the estimator does not.
 
     Args:
-        kind, groups: of the codec; act_dim: A.
+        kind, groups: of the codec; act_dim: A; onehots: of the world model whose features these are.
     """
 
     def __init__(
-        self, features: int, act_dim: int, kind: str, groups: tuple[int, ...], units: int, layers: int, unimix: float
+        self,
+        features: int,
+        act_dim: int,
+        kind: str,
+        groups: tuple[int, ...],
+        units: int,
+        layers: int,
+        unimix: float,
+        onehots: OneHots | None = None,
     ):
         super().__init__()
         self.kind, self.groups, self.act_dim, self.unimix = kind, tuple(groups), act_dim, unimix
-        self.net = Head(features, units, layers, 2 * act_dim if kind == "box" else act_dim, scale=0.01)
+        self.net = Head(features, units, layers, 2 * act_dim if kind == "box" else act_dim, 0.01, onehots)
 
     @property
     def noise_dim(self) -> int:

@@ -83,10 +83,11 @@ class DreamerLearner:
         torch.manual_seed(derive(seed, "model"))
         self.model = build_model(**spec["model"]).to(self.device)
         actor = spec["actor"]
-        self.actor = Actor(self.model.feat_dim, self.model.act_dim, **actor).to(self.device)
+        features, onehots = self.model.feat_dim, self.model.onehots
+        self.actor = Actor(features, self.model.act_dim, **actor, onehots=onehots).to(self.device)
         bins = spec["model"].get("bins", 255)
         self.twohot = TwoHot(bins).to(self.device)
-        self.critic = Head(self.model.feat_dim, actor["units"], actor["layers"], bins, scale=0.0).to(self.device)
+        self.critic = Head(features, actor["units"], actor["layers"], bins, 0.0, onehots).to(self.device)
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         modules = [self.model, self.actor, self.critic]
         self.optimiser = Optimiser(modules, d["lr"], d["warmup"], d["agc"], d["optimiser"])
@@ -204,6 +205,9 @@ class DreamerLearner:
         dreamer = self.model if through else self.model.dreamer("bf16" if self.bf16 else "fp32")
         if self.bf16 and not through:  # all in bf16 as it is: casts at every layer would cost as much as the products
             start = {k: v.to(torch.bfloat16) for k, v in start.items()}
+        if self.model.onehots and not through and self.device.type == "cpu":
+            dreamer = dreamer.compact()
+            start = dreamer.begin(start)
         with torch.set_grad_enabled(through), self._autocast(through):
             dreamt = dream(model.of(dreamer), policy, start, d["horizon"], rng, states=False)
         features, action = dreamt.features[:-1].detach(), torch.stack(raw).detach()

@@ -71,6 +71,9 @@ class WorldModel(nn.Module, Stepping, ABC):
     feat_dim: int
     act_dim: int
     phases: tuple[str, ...]
+    onehots: tuple[int, int] | None = None
+    """(S, K) where the last S * K features are one-hots of S variables of K classes, of which ``compact().features``
+    gives the numbers instead, (B, F - S * K + S). Heads that are told of it read both."""
 
     @abstractmethod
     def initial(self, batch: int) -> State:

@@ -19,15 +19,68 @@ def symexp(x: Tensor) -> Tensor:
     return torch.sign(x) * torch.expm1(x.abs())
 
 
-def norm_mlp(sizes: list[int], raw: bool = False) -> nn.Sequential:
+OneHots = tuple[int, int]  # (S, K): S categorical variables of K classes
+
+
+def columns(classes: Tensor, width: int) -> Tensor:
+    """Numbers of classes (..., S) -> the places (..., S) of their ones among one-hots (..., width = S * K)."""
+    return classes.long() + torch.arange(0, width, width // classes.shape[-1], device=classes.device)
+
+
+def ones_at(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Places (N, S) -> rows (N, width) of zeros with ones there. (torch's scatter_ of bf16 costs ten times this.)"""
+    rows = torch.arange(0, len(places) * width, width, device=places.device).unsqueeze(-1)
+    flat = torch.zeros(len(places) * width, dtype=dtype, device=places.device)
+    return flat.index_fill_(0, (places + rows).flatten(), 1.0).view(-1, width)
+
+
+class Picked(torch.autograd.Function):
+    """One-hots times a matrix, the sum of S of its columns: places (N, S), weight (out, S * K) -> (N, out).
+
+    On a CPU an eighth to a fourteenth of the time of the product. The weights' gradient is that product's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, places: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.width = weight.shape[1]
+        return F.embedding_bag(places, weight.t().contiguous(), mode="sum")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        (places,) = ctx.saved_tensors
+        return None, grad.t() @ ones_at(places, ctx.width, grad.dtype)
+
+
+class FeatureLinear(nn.Linear):
+    """A linear layer on features (..., D + S * K), or on compact ones (..., D + S): see ``WorldModel.onehots``."""
+
+    def __init__(self, features: int, outputs: int, onehots: OneHots):
+        super().__init__(features, outputs, bias=False)
+        self.onehots = onehots
+
+    def forward(self, features: Tensor) -> Tensor:
+        S, K = self.onehots
+        D = self.in_features - S * K
+        if features.shape[-1] != D + S:
+            return super().forward(features)
+        kind = features.device.type
+        weight = self.weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else features.dtype)
+        places = columns(features[..., D:].reshape(-1, S), S * K)
+        picked: Tensor = Picked.apply(places, weight[:, D:])
+        return F.linear(features[..., :D], weight[:, :D]) + picked.unflatten(0, features.shape[:-1])
+
+
+def norm_mlp(sizes: list[int], raw: bool = False, onehots: OneHots | None = None) -> nn.Sequential:
     """Linear, LayerNorm, SiLU for every step between sizes. `raw`: what comes in are the environment's numbers, whose
-    size says something (see ``biased``).
+    size says something (see ``biased``). `onehots`: what comes in are features with these.
 
     DreamerV3 has RMSNorm; torch has no fused kernel of it for CPUs, where it costs five times a LayerNorm.
     """
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
-        layers += [nn.Linear(a, b, bias=raw and i == 0), nn.LayerNorm(b), nn.SiLU()]
+        linear = FeatureLinear(a, b, onehots) if onehots and i == 0 else nn.Linear(a, b, bias=raw and i == 0)
+        layers += [linear, nn.LayerNorm(b), nn.SiLU()]
     return nn.Sequential(*layers)
 
 
@@ -56,15 +109,23 @@ def initialise(module: nn.Module, scale: float = 1.0) -> None:
 class Head(nn.Module):
     """Hidden layers and a linear output, whose weights start at `scale` times their usual variance (0: it says 0)."""
 
-    def __init__(self, features: int, units: int, layers: int, outputs: int, scale: float = 1.0):
+    def __init__(
+        self,
+        features: int,
+        units: int,
+        layers: int,
+        outputs: int,
+        scale: float = 1.0,
+        onehots: OneHots | None = None,
+    ):
         super().__init__()
-        self.hidden = norm_mlp([features, *[units] * layers])
+        self.hidden = norm_mlp([features, *[units] * layers], onehots=onehots)
         self.out = nn.Linear(units, outputs)
         initialise(self.hidden)
         initialise(self.out, scale)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(..., F) -> (..., outputs) float32"""
+        """Features (..., F), compact or not -> (..., outputs) float32"""
         return self.out(self.hidden(features)).float()
 
 
@@ -117,8 +178,8 @@ def mixed_probs(logits: Tensor, unimix: float) -> Tensor:
     return p if unimix == 0 else (1 - unimix) * p + unimix / logits.shape[-1]
 
 
-def draw(logits: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """One-hot samples of ``mixed_probs(logits, unimix)``, (..., K), by one uniform number (...) each.
+def choose(logits: Tensor, uniform: Tensor, unimix: float = 0.0) -> Tensor:
+    """Samples of ``mixed_probs(logits, unimix)``, (..., K), by one uniform number (...) each: numbers of classes (...).
 
     The inverse of the distribution, without its normalisation: torch's softmax over a few classes costs more than all
     of this. A number below `unimix` picks by its place there, others are stretched.
@@ -132,7 +193,13 @@ def draw(logits: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtyp
         mixed = (uniform * (K / unimix)).long().unsqueeze(-1)
         chosen = torch.where(uniform.unsqueeze(-1) < unimix, mixed, chosen)
     chosen = chosen.clamp_(max=K - 1)  # rounding may lead past the last one
-    return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(-1, chosen, 1.0)
+    return chosen.squeeze(-1)
+
+
+def draw(logits: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What ``choose`` chooses as one-hots (..., K)."""
+    chosen = choose(logits, uniform, unimix)
+    return ones_at(chosen.view(-1, 1), logits.shape[-1], dtype).view(logits.shape)
 
 
 class StraightThrough(torch.autograd.Function):

@@ -24,6 +24,7 @@ from raywm.models.heads import (
     bernoulli_loss,
     biased,
     categorical_kl,
+    choose,
     gaussian_kl,
     initialise,
     mixed_probs,
@@ -83,6 +84,10 @@ class Categorical:
         """The network's outputs (..., S * K), uniform numbers (..., S) -> (..., S * K)"""
         one_hot: Tensor = StraightThrough.apply(self._logits(out, temperature), noise, self.unimix, out.dtype)
         return one_hot.flatten(-2)
+
+    def choose(self, out: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
+        """What ``sample`` gives as numbers of classes (..., S), without gradients."""
+        return choose(self._logits(out, temperature), noise, self.unimix)
 
     def pack(self, stoch: Tensor) -> Tensor:
         """One-hots (..., S * K) -> the numbers of their classes (..., S)"""
@@ -247,8 +252,10 @@ class RSSM(WorldModel):
             initialise(part)
         self.decoder = Decoder(columns, self.feat_dim, U, layers, w["depth"])
         self.twohot = TwoHot(bins)
-        self.reward = Head(self.feat_dim, U, 1, bins, scale=0.0)
-        self.cont = Head(self.feat_dim, U, 1, 1)
+        if latent == "categorical" and w["classes"] <= 256:  # the numbers that bf16 holds exactly
+            self.onehots = (w["stoch"], w["classes"])
+        self.reward = Head(self.feat_dim, U, 1, bins, scale=0.0, onehots=self.onehots)
+        self.cont = Head(self.feat_dim, U, 1, 1, onehots=self.onehots)
         self._shadow: list[RSSM] = []  # in a list: no submodule
 
     # ------------------------------------------------------------------------------------------------ one step
@@ -332,6 +339,10 @@ class RSSM(WorldModel):
         torch._foreach_copy_(list(shadow.parameters()), [p.detach() for p in self.parameters()])
         return shadow
 
+    def compact(self) -> Compact:
+        """This model, where ``onehots`` says so, as it dreams fastest on a CPU without gradients."""
+        return Compact(self)
+
     # ------------------------------------------------------------------------------------------------ sequences
 
     def observe(
@@ -413,3 +424,35 @@ class RSSM(WorldModel):
                 truth = self.encoder.vector({n: batch.obs[n].flatten(0, 1) for n in self.encoder.vectors})
             losses[name] = (value - truth).square().flatten(1).sum(1)
         return losses
+
+
+class Compact:
+    """An RSSM that dreams in numbers of classes in place of one-hots, without gradients.
+
+    State leaves: "deter" (B, D) and "stoch" (B, S) int64. Features (B, D + S): both.
+    """
+
+    def __init__(self, model: RSSM):
+        self.model = model
+        self.noise, self.outcomes = model.noise, model.outcomes
+
+    def begin(self, state: State) -> State:
+        """A state of the model, leaves (B, *), as one of this."""
+        return {"deter": state["deter"], "stoch": self.model.latent.pack(state["stoch"]).long()}
+
+    def features(self, state: State) -> Tensor:
+        return torch.cat([state["deter"], state["stoch"].to(state["deter"].dtype)], -1)
+
+    def advance(
+        self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
+    ) -> tuple[State, Tensor, Tensor | None]:
+        model = self.model
+        acted = model.core.from_action(action.to(model.post_norm.weight.dtype))
+        deter = model.core(state["deter"], state["stoch"], acted)
+        stoch = model.latent.choose(model.prior_out(model.prior(deter)), noise["stoch"], temperature)
+        state = {"deter": deter, "stoch": stoch}
+        return state, self.features(state), None
+
+    def imagine(self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0) -> Step:
+        state, features, _ = self.advance(state, action, noise, temperature)
+        return Step(state, *self.outcomes(features))

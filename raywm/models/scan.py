@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from raywm.models.heads import columns
 
 # Of a scan under way: the weights as the steps use them, their inputs, and their output gradients, last step first.
 Tape = tuple[Tensor, list[Tensor], list[Tensor]]
@@ -54,7 +57,8 @@ class ScanLinear(nn.Module):
     """(B, in) -> (B, out) by a block-diagonal matrix of `blocks` blocks (1: an ordinary one), weights (G, in/G, out/G).
 
     With `parts` each block gives so many outputs of out/G, and the result is all blocks' first, all blocks' second, ...
-    Inside ``scanning`` the gradient of the weights is made once.
+    Inside ``scanning`` the gradient of the weights is made once. Without blocks, x may also be what one-hots stand for:
+    numbers of classes (B, S).
     """
 
     def __init__(self, inputs: int, outputs: int, blocks: int = 1, parts: int = 1, bias: bool = False):
@@ -71,6 +75,8 @@ class ScanLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         G = self.blocks
+        if not x.is_floating_point():
+            return F.embedding_bag(columns(x, self.weight.shape[1]), self.weight[0], mode="sum")
         grouped = x.unsqueeze(0) if G == 1 else x.unflatten(-1, (G, -1)).transpose(0, 1)  # (B, in) -> (G, B, in/G)
         if self.tape is None:
             y = torch.bmm(grouped, self.weight if torch.is_autocast_enabled(x.device.type) else self.weight.to(x.dtype))

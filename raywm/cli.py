@@ -733,7 +733,9 @@ def _open_run(out: Path, config: RunConfig, resume: bool, copy: Any = None) -> I
                 f"{copy.uri} already holds a run; continue it with --resume, or give another replay.storage"
             )
         typer.echo(f"{out}: going on with the run that {copy.uri} keeps")
-        copy.fetch()
+        out.mkdir(parents=True, exist_ok=True)
+        with hold(out):
+            copy.fetch()
     if path.exists() and not _nothing_yet(out):
         if not resume:
             raise ValueError(f"{out} already holds a run; continue it with --resume, or give another --out")

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pyarrow.fs as pafs
 
-from raywm.checkpoint import latest
 from raywm.data.mirror import ORIGIN, Mirror, absolute
 
 FOLDER = "run"  # of the copy, at the storage
@@ -24,7 +23,7 @@ LOG_S = 60.0  # metrics.jsonl grows all the time: alone it is copied as often as
 LOG = "metrics.jsonl"
 LAST = "config.yaml"  # fetched last: a directory without it holds no run
 EPISODES = (f"episodes/{ORIGIN}", "episodes/shards.json")  # whose the segments are, and where they were
-LEFT = ("episodes", "tensorboard")  # the shards' affair; made anew from metrics.jsonl
+LEFT = ("episodes", "tensorboard", "wandb")  # the shards' affair; made anew from metrics.jsonl; its server's
 
 
 class RunCopy:
@@ -50,13 +49,16 @@ class RunCopy:
         names = self._names()
         if LAST not in names:
             return False
-        steps = [int(name.split("/")[1]) for name in names if name.endswith("/state.json")]
-        mine = latest(self.out / "checkpoints") if (self.out / LAST).exists() else -1
-        return max(steps, default=0) > (mine or 0)
+        there = [int(name.split("/")[1]) for name in names if name.endswith("/state.json")]
+        if not (self.out / LAST).exists():
+            return True
+        # looked at without tidying up: another process may be writing a checkpoint there at this moment
+        found = (self.out / "checkpoints").glob("[0-9]*/state.json")
+        return max(there, default=0) > max((int(path.parent.name) for path in found), default=0)
 
     def fetch(self) -> None:
-        """Copy the run from there into `out`."""
-        names = sorted(self._names(), key=lambda name: name == LAST)
+        """Copy the run from there into `out`; what makes it a run comes last, or a killed fetch would pass for one."""
+        names = sorted(self._names(), key=lambda name: (name == LAST, name.endswith("/state.json")))
         parts = self.out / f".fetch-{os.getpid()}"
         try:
             for name in names:

@@ -79,11 +79,12 @@ class Sampler:
     args: tuple[Any, ...]
 
     @property
-    def ends(self) -> tuple[Any, ...]:
-        """Values that a config must be able to take if it can take all of them."""
-        if self.kind in LISTS:
-            return self.args
-        return self.args[:2]
+    def examples(self) -> tuple[Any, ...]:
+        """Values that a config must be able to take if it can take all of them: the ends, and no whole number."""
+        if self.kind in LISTS or "randint" in self.kind:
+            return self.args if self.kind in LISTS else self.args[:2]
+        low, high = self.args[:2]
+        return (low, high, low + (high - low) / math.pi)
 
 
 def _sampler(value: Any) -> Any:
@@ -114,6 +115,10 @@ def _sampler(value: Any) -> Any:
         raise ValueError(f"{kind}: got {_show(args)}, expected a low end above 0")
     if len(args) == 3 and not 0 < args[2] <= high - low:
         raise ValueError(f"{kind}: got {_show(args)}, expected a step above 0 and at most the distance of the ends")
+    if len(args) == 3 and not all(math.isclose(end / args[2], round(end / args[2])) for end in (low, high)):
+        raise ValueError(
+            f"{kind}: got {_show(args)}, expected ends that are multiples of the step, as what is drawn is"
+        )
     return Sampler(kind, tuple(args))
 
 
@@ -168,8 +173,8 @@ class ResourcesConfig(Section):
 
     in_process: bool = Field(False, description="A trial is one process on one CPU, without actors of its own.")
     driver_cpus: NonNegative = Field(0.0, description="CPUs of the process that runs a trial's loop.")
-    strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = Field(
-        "PACK", description="How a trial's actors lie on the nodes."
+    strategy: Literal["PACK", "SPREAD", "STRICT_PACK"] = Field(
+        "PACK", description="How a trial's actors lie on the nodes: on few, on many, or on one."
     )
 
 
@@ -360,13 +365,12 @@ def _check(search: SearchConfig, source: str) -> SearchConfig:
     for key, sampler in search.space.items():
         if key in ("address", "algorithm") or key.startswith(("log.", "replay.")):
             raise ValueError(f"{source}: space.{key}: expected a key that decides what a run computes")
-        for value in sampler.ends:
+        for value in sampler.examples:
             try:
                 search.run_config({key: value})
             except ValueError as error:
-                raise ValueError(f"{source}: space.{key}: {error}") from error
-        if isinstance(_value(base, key), int) and sampler.kind in NUMBERS and "randint" not in sampler.kind:
-            raise ValueError(f"{source}: space.{key}: got {sampler.kind}, expected randint, qrandint or lograndint")
+                whole = "; randint, qrandint and lograndint draw such" if "a whole number" in str(error) else ""
+                raise ValueError(f"{source}: space.{key}: {error}{whole}") from error
         if search.scheduler.pbt and key not in MUTABLE[base.algorithm]:
             raise ValueError(
                 f"{source}: space.{key} cannot change in the middle of a run, expected with pbt some of "
@@ -374,16 +378,18 @@ def _check(search: SearchConfig, source: str) -> SearchConfig:
             )
     if base.algorithm == "dreamer" and not base.online.evaluate_every:
         raise ValueError(f"{source}: online.evaluate_every: got 0, expected steps between two reports to the search")
+    if search.scheduler.asha and search.scheduler.asha.grace > reports(base):
+        raise ValueError(
+            f"{source}: scheduler.asha.grace: got {search.scheduler.asha.grace}, but a trial reports {reports(base)} "
+            "times; expected at most that, and less to end any"
+        )
+    if base.replay.storage is not None:
+        raise ValueError(
+            f"{source}: replay.storage: got '{base.replay.storage}', expected null; it holds one run, not many trials"
+        )
     if base.replay.shards != "driver" and search.scheduler.pbt:
         raise ValueError(f"{source}: replay.shards: got 'nodes', expected 'driver' with pbt, which links episodes")
     return search
-
-
-def _value(config: RunConfig, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-    return None if isinstance(value, bool) else value
 
 
 def dumps(search: SearchConfig) -> str:

@@ -27,10 +27,11 @@ def check_sinks(config: RunConfig) -> None:
             _library(name, config)
 
 
-def open_sinks(config: RunConfig, out: Path) -> list[Any]:
+def open_sinks(config: RunConfig, out: Path, group: str | None = None) -> list[Any]:
     """The sinks that `config.log` names, for the run in `out`; a resumed run goes on where it was.
 
-    Raises ValueError where a library is missing or cannot begin: not logged in, no such server.
+    `group`: the search that the run is a trial of; it stands before the run's name, and is W&B's group.
+    Raises ValueError where a library is missing, OSError where it cannot begin: not logged in, no such server.
     """
     opened: list[Any] = []
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -40,11 +41,11 @@ def open_sinks(config: RunConfig, out: Path) -> list[Any]:
             continue
         library = _library(name, config)
         try:
-            opened.append(sink(library, wanted, Path(out), config))
+            opened.append(sink(library, wanted, Path(out), config, group))
         except Exception as error:
             for other in opened:
                 other.close(True)
-            raise ValueError(f"log.{name}: got {wanted!r}, which {name} cannot open: {error}; {sink.fix}") from error
+            raise OSError(f"log.{name}: got {wanted!r}, which {name} cannot open: {error}; {sink.fix}") from error
     return opened
 
 
@@ -59,12 +60,11 @@ class WandB:
 
     fix = "log in with `wandb login`, or set WANDB_MODE=offline"
 
-    def __init__(self, wandb: Any, project: str, out: Path, config: RunConfig):
+    def __init__(self, wandb: Any, project: str, out: Path, config: RunConfig, group: str | None):
         names = _names(out)
         name = names.setdefault("wandb", uuid.uuid4().hex[:12])
-        flat = configs.leaves(config)
-        options = {"project": project, "name": out.name, "dir": str(out), "config": flat}
-        self._run = wandb.init(id=name, resume="allow", **options)
+        options = {"project": project, "name": _title(out, group), "dir": str(out), "config": configs.leaves(config)}
+        self._run = wandb.init(id=name, resume="allow", group=group, **options)
         self._kinds: set[str] = set()
         atomic_write_json(out / NAMES_FILE, names)
 
@@ -88,21 +88,32 @@ class MLflow:
 
     fix = "check MLFLOW_TRACKING_URI"
 
-    def __init__(self, mlflow: Any, experiment: str, out: Path, config: RunConfig):
+    def __init__(self, mlflow: Any, experiment: str, out: Path, config: RunConfig, group: str | None):
         self._mlflow, self._client = mlflow, mlflow.MlflowClient()
         names = _names(out)
         if "mlflow" in names:
             self.id = names["mlflow"]
             self._client.update_run(self.id, status="RUNNING")
         else:
-            there = self._client.get_experiment_by_name(experiment)
-            number = there.experiment_id if there else self._client.create_experiment(experiment)
-            self.id = names["mlflow"] = self._client.create_run(number, run_name=out.name).info.run_id
+            run = self._client.create_run(self._experiment(experiment), run_name=_title(out, group))
+            self.id = names["mlflow"] = run.info.run_id
             atomic_write_json(out / NAMES_FILE, names)
             # once: MLflow lets no parameter change, as workers and budgets may at a resume
             params = [mlflow.entities.Param(k, str(v)[:500]) for k, v in configs.leaves(config).items()]
             for at in range(0, len(params), 100):
                 self._client.log_batch(self.id, params=params[at : at + 100])
+
+    def _experiment(self, name: str) -> str:
+        """Its id; made if it is not there."""
+        there = self._client.get_experiment_by_name(name)
+        if there is None:
+            try:
+                return self._client.create_experiment(name)
+            except Exception:
+                there = self._client.get_experiment_by_name(name)
+                if there is None:
+                    raise
+        return there.experiment_id  # also of another trial that was quicker
 
     def write(self, row: dict[str, Any], step: int) -> None:
         metric, at = self._mlflow.entities.Metric, int(row["time"] * 1000)
@@ -129,6 +140,10 @@ def _library(name: str, config: RunConfig) -> Any:
             f"log.{name}: got {getattr(config.log, name)!r}, but {name} cannot be imported ({error}); "
             f'pip install "raywm[{name}]", or leave log.{name} out'
         ) from error
+
+
+def _title(out: Path, group: str | None) -> str:
+    return f"{group}-{out.name}" if group else out.name
 
 
 def _names(out: Path) -> dict[str, str]:

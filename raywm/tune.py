@@ -1,6 +1,7 @@
 """`raywm tune`: a search over run configs on Ray Tune. Every trial is a run directory like any other.
 
     OUT/search.yaml        the search, itself a FILE for raywm tune
+    OUT/preset.yaml        its preset's config as it was at the start, from which all trials are made
     OUT/source/            where data is "train": the run whose episodes all trials share
     OUT/trials/00000/      a trial; 00000-1: the same trial after it went on as a copy of a better one (pbt)
     OUT/tune/              Ray Tune's own state, from which --resume goes on
@@ -17,12 +18,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import OutOfMemoryError
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
@@ -34,10 +36,13 @@ from raywm.loops.online import Online
 from raywm.loops.shared import FILE as SHARED
 from raywm.loops.shared import link, share
 from raywm.loops.vmc import VMC
+from raywm.runtime.needs import Need
 from raywm.search import LISTS, Sampler, SearchConfig, dumps, parse_text, reports
-from raywm.standings import FAILED, SOURCE, TRIAL, TRIALS, Scores, real_steps, standings
+from raywm.sinks import check_sinks, open_sinks
+from raywm.standings import FAILED, SOURCE, TRIAL, TRIALS, Scores, directories, real_steps, standings
 
 STATE = "tune"  # Tune's directory
+PRESET = "preset.yaml"
 RETRIES = 2  # of a trial whose process or node died
 LOCK_PATIENCE = 20.0  # seconds: a trial that was stopped may still be closing its files
 COPY_TRIES = 20  # of a checkpoint that its owner replaces meanwhile
@@ -60,24 +65,24 @@ def run_search(search: SearchConfig, out: Path, address: str | None = None, cons
     """
     import ray
 
-    from raywm.runtime.cluster import connect, environment_modules
-    from raywm.runtime.needs import Need
+    from raywm.runtime.cluster import connect
 
     console = console or Console()
     out = out.resolve()
     os.environ.update(ENVIRONMENT)
+    if not (out / PRESET).exists():
+        configs.save(configs.load(search.preset), out / PRESET)
+    search = search.model_copy(update={"preset": str(out / PRESET)})
     base = search.run_config()
-    needs = bundles(search, base)
+    check_sinks(base)
     local = address in (None, "", "local") and base.address in (None, "", "local")
     times = min(search.concurrent, search.total) if local else 1  # logical CPUs may exceed the cores of a laptop
-    modules = environment_modules(base.env.id)
     algorithm = _searcher(search)
     started = not ray.is_initialized()
-    parts = [Need("process of a trial", "concurrent", times, b.get("CPU", 0), b.get("GPU", 0)) for b in needs]
-    connect(address or base.address, parts, modules=modules, say=console.say)
+    connect(address or base.address, needs_of(search, base, times), modules=modules_of(search), say=console.say)
     try:
         setup = {"search": dumps(search), "out": str(out), "data": _data(search, base, out, console)}
-        trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), _group(search, needs))
+        trainable = tune.with_resources(tune.with_parameters(run_trial, setup=setup), _group(search, base))
         if any((out / STATE).glob("experiment_state-*.json")):
             console.say(f"going on with the search in {out}")
             tuner = tune.Tuner.restore(str(out / STATE), trainable, resume_unfinished=True, resume_errored=True)
@@ -104,7 +109,7 @@ def run_search(search: SearchConfig, out: Path, address: str | None = None, cons
                     callbacks=[Teller(out, search.total)],
                 ),
             )
-        tuner.fit()
+        mark_dead(out, tuner.fit())
     finally:
         if started:
             ray.shutdown()
@@ -194,8 +199,25 @@ def bundles(search: SearchConfig, base: RunConfig) -> list[dict[str, float]]:
     return [head, fit, *actors]
 
 
-def _group(search: SearchConfig, needs: list[dict[str, float]]) -> tune.PlacementGroupFactory:
-    return tune.PlacementGroupFactory(needs, strategy=search.resources.strategy)
+def _group(search: SearchConfig, base: RunConfig) -> tune.PlacementGroupFactory:
+    return tune.PlacementGroupFactory(bundles(search, base), strategy=search.resources.strategy)
+
+
+def needs_of(search: SearchConfig, base: RunConfig, times: int) -> list[Need]:
+    """What so many trials at once take: each of their processes has its place, or with STRICT_PACK all of them one."""
+    parts, who = bundles(search, base), "process of a trial"
+    if search.resources.strategy == "STRICT_PACK":
+        parts = [{kind: sum(part.get(kind, 0) for part in parts) for kind in ("CPU", "GPU")}]
+        who = "trial"
+    return [Need(who, "concurrent", times, part.get("CPU", 0), part.get("GPU", 0)) for part in parts]
+
+
+def modules_of(search: SearchConfig) -> list[str]:
+    """The user's modules that any trial may import."""
+    from raywm.runtime.cluster import user_modules
+
+    examples = [{key: value} for key, sampler in search.space.items() for value in sampler.examples]
+    return list(dict.fromkeys(m for values in [{}, *examples] for m in user_modules(search.run_config(values))))
 
 
 def _name(trial: Any) -> str:
@@ -234,9 +256,35 @@ class Teller(tune.Callback):
 
     def _why(self, trial: Any) -> str | None:
         """What a trial's directory says of its failure, if it failed."""
-        for path in (self.out / TRIALS).glob(f"{_name(trial)}*/{FAILED}"):
-            return str(json.loads(path.read_text())["error"])
-        return None
+        path = _present(self.out, _name(trial)) / FAILED
+        return str(json.loads(path.read_text())["error"]) if path.is_file() else None
+
+
+def _present(out: Path, name: str) -> Path:
+    """The directory that a trial is in now."""
+    own = [path for path in directories(out) if path.name.partition("-")[0] == name]
+    return own[-1] if own else out / TRIALS / name
+
+
+def mark_dead(out: Path, results: Iterable[Any]) -> None:
+    """Have the directories of trials say that they failed where they could not: their processes died."""
+    for result in results:
+        name = Path(result.path).name
+        run = _present(out, name)
+        if result.error is None or (run / FAILED).is_file():
+            continue
+        lines = str(result.error).strip().splitlines() or ["nobody knows why"]
+        # a traceback comes before the line that says what it was
+        why = lines[0 if isinstance(result.error, OutOfMemoryError) else -1].strip()
+        _failed(run, name, result.config or {}, f"its process died: {why}")
+
+
+def _failed(run: Path, name: str, values: Mapping[str, Any], why: str) -> None:
+    """Leave in a trial's directory that it failed."""
+    run.mkdir(parents=True, exist_ok=True)
+    if not (run / TRIAL).exists():
+        checkpoint.atomic_write_json(run / TRIAL, {"trial": name, "values": dict(values)})
+    checkpoint.atomic_write_json(run / FAILED, {"error": why})
 
 
 def shown(value: Any) -> str:
@@ -258,12 +306,15 @@ def _data(search: SearchConfig, base: RunConfig, out: Path, console: Console) ->
         return str(source)
     source = out / SOURCE
     if not (source / "summary.json").is_file():
-        console.say(f"training {search.preset} in {source}, whose episodes all trials will share")
+        console.say(f"training the default in {source}, whose episodes all trials will share")
         source.mkdir(exist_ok=True)
         with checkpoint.hold(source, LOCK_PATIENCE):
             configs.save(base, source / "config.yaml")
-            with RunLog(source, base.log.tensorboard, False) as log, _executor(search, base, source) as executor:
-                summary = VMC(base, source, executor, log).run()
+            sinks = open_sinks(base, source, out.name)
+            with RunLog(source, base.log.tensorboard, False, sinks=sinks) as log:
+                with _executor(search, base, source) as executor:
+                    summary = VMC(base, source, executor, log).run()
+                    log.finish(summary)
         console.say(
             f"the default: real return {summary['real_return_mean']:.4g}, {summary['real_env_steps']} real steps"
         )
@@ -306,11 +357,7 @@ def run_trial(values: dict[str, Any], setup: dict[str, Any]) -> None:
         (run / FAILED).unlink(missing_ok=True)
         _Trial(search, config, run).run()
     except Exception as error:
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / TRIAL).exists():
-            checkpoint.atomic_write_json(run / TRIAL, {"trial": name, "values": values})
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        checkpoint.atomic_write_json(run / FAILED, {"error": text})
+        _failed(run, name, values, " ".join(f"{type(error).__name__}: {error}".split()))
         if not isinstance(error, ValueError):
             raise
 
@@ -364,22 +411,27 @@ class _Trial:
 
     def __init__(self, search: SearchConfig, config: RunConfig, run: Path):
         self.search, self.config, self.run_dir = search, config, run
-        self.scores = Scores(search.metric, config.algorithm)
+        self.hear([])
+
+    def hear(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Begin with what a log holds. What of it was reported when Tune last saved its state is not known."""
+        self.scores = Scores(self.search.metric, self.config.algorithm)
         self.pending = False
+        for row in rows:
+            self.pending |= self.scores.take(row)
 
     def run(self) -> None:
         with checkpoint.hold(self.run_dir, LOCK_PATIENCE):
             configs.save(self.config, self.run_dir / "config.yaml")
-            # what of it was reported when Tune last saved its state is not known
-            for row in read_rows(self.run_dir / "metrics.jsonl"):
-                self.pending |= self.scores.take(row)
             if (self.run_dir / "summary.json").is_file():
+                self.hear(read_rows(self.run_dir / "metrics.jsonl"))
                 return self.report()
             share(self.config, self.run_dir)
             loop = _VMC if self.config.algorithm == "vmc" else _Online
-            with _TrialLog(self, self.run_dir, self.config.log.tensorboard) as log:
+            sinks = open_sinks(self.config, self.run_dir, self.run_dir.parents[1].name)
+            with _TrialLog(self, self.run_dir, self.config.log.tensorboard, sinks) as log:
                 with _executor(self.search, self.config, self.run_dir) as executor:
-                    loop(self.config, self.run_dir, executor, log).run()
+                    log.finish(loop(self.config, self.run_dir, executor, log).run())
                     self.report()
 
     def report(self) -> None:
@@ -402,13 +454,21 @@ class _Trial:
 
 
 class _TrialLog(RunLog):
-    def __init__(self, trial: _Trial, out: Path, tensorboard: bool):
-        super().__init__(out, tensorboard, console=False)
+    def __init__(self, trial: _Trial, out: Path, tensorboard: bool, sinks: Sequence[Any]):
+        super().__init__(out, tensorboard, console=False, sinks=sinks)
         self.trial = trial
 
     def write(self, kind: str, **fields: Any) -> None:
         super().write(kind, **fields)
-        self.trial.pending |= self.trial.scores.take({"kind": kind, **fields})
+        self.trial.pending |= self.trial.scores.take({"kind": kind, **checkpoint.plain(fields)})
+
+    def truncate(self, rows: int) -> None:
+        """Where a loop goes on: what it logged after its checkpoint comes again, and counts then."""
+        super().truncate(rows)
+        self.trial.hear(self.read())
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        super().__exit__(None if kind is SystemExit else kind, *exc)  # Tune ends a trial so that is behind
 
 
 class _VMC(VMC):

@@ -1,6 +1,7 @@
 """The copy of a run's directory: a wiped disk costs nothing, and a checkpoint there is whole or does not count."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -58,6 +59,25 @@ def test_no_run_there_and_a_run_that_is_further_here(tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "000003")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "000002")
     assert copy.ahead()  # it went on on another machine meanwhile
+
+
+def test_a_look_at_the_copy_leaves_what_another_process_writes(tmp_path):
+    make_run(tmp_path / "run")
+    copy = RunCopy(tmp_path / "run", str(tmp_path / "storage"))
+    copy.sync()
+    (tmp_path / "run" / "checkpoints" / ".tmp-000002-7").mkdir()
+    assert not copy.ahead() and (tmp_path / "run" / "checkpoints" / ".tmp-000002-7").exists()
+
+
+def test_a_fetch_that_is_killed_is_done_again(tmp_path, monkeypatch):
+    """What makes it seem complete, a newer state.json and then config.yaml, comes after everything else."""
+    out, order = tmp_path / "run", []
+    make_run(out, steps=(1, 2))
+    RunCopy(out, str(tmp_path / "storage")).sync()
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(b.name), replace(a, b)))
+    RunCopy(tmp_path / "elsewhere", str(tmp_path / "storage")).fetch()
+    assert order[-3:] == ["state.json", "state.json", "config.yaml"] and "metrics.jsonl" in order
 
 
 def test_checkpoints_go_as_they_went_here(tmp_path):

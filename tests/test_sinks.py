@@ -87,7 +87,8 @@ class FakeWandB(types.ModuleType):
         self.runs: list[dict] = []
 
     def init(self, **options):
-        assert set(options) == {"id", "resume", "project", "name", "dir", "config"} and options["resume"] == "allow"
+        assert set(options) == {"id", "resume", "project", "name", "dir", "config", "group"}
+        assert options["resume"] == "allow"
         run = {"options": options, "logged": [], "axes": {}, "summary": {}, "exit": None}
         self.runs.append(run)
         return types.SimpleNamespace(
@@ -112,6 +113,7 @@ def test_wandb_gets_config_lines_and_summary_and_goes_on_after_a_resume(wandb, t
     assert done.exit_code == 0, done.output
     (run,) = wandb.runs
     assert run["options"]["project"] == "my-project" and run["options"]["name"] == "run"
+    assert run["options"]["group"] is None
     assert run["options"]["config"]["fit.batch"] == 8 and run["axes"]["fit/*"] == "fit/count"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     losses = [line["fit/loss"] for line in run["logged"] if "fit/loss" in line]
@@ -128,7 +130,7 @@ def test_a_sink_that_cannot_begin_is_one_line(wandb, tmp_path):
         raise RuntimeError("not logged in")
 
     wandb.init = init
-    with pytest.raises(ValueError, match=r"log\.wandb: got 'p', which wandb cannot open: not logged in; log in with"):
+    with pytest.raises(OSError, match=r"log\.wandb: got 'p', which wandb cannot open: not logged in; log in with"):
         open_sinks(configs.load("cartpole", ["log.wandb=p"]), tmp_path)
 
 
@@ -151,6 +153,59 @@ def test_mlflow_itself(tmp_path, monkeypatch):
     assert [(m.step, m.value) for m in client.get_metric_history(name, "train/loss")] == [(0, 1.0), (1, 2.0)]
     assert run.data.metrics["summary/real_return_mean"] == 7.0
     assert client.get_experiment(run.info.experiment_id).name == "worlds"
+
+
+def test_two_trials_make_one_mlflow_experiment(tmp_path):
+    """Both found that it is not there; the second one is told so when it makes it."""
+    from raywm.sinks import MLflow
+
+    class Client:
+        there = None
+
+        def get_experiment_by_name(self, name):
+            return self.there
+
+        def create_experiment(self, name):
+            self.there = types.SimpleNamespace(experiment_id="7")
+            raise RuntimeError("RESOURCE_ALREADY_EXISTS")
+
+        def create_run(self, experiment, run_name):
+            assert (experiment, run_name) == ("7", f"search-{tmp_path.name}")
+            return types.SimpleNamespace(info=types.SimpleNamespace(run_id="r"))
+
+        def log_batch(self, id, params):
+            pass
+
+    library = types.SimpleNamespace(MlflowClient=Client, entities=types.SimpleNamespace(Param=lambda k, v: (k, v)))
+    assert MLflow(library, "worlds", tmp_path, configs.load("cartpole"), "search").id == "r"
+
+
+def test_trials_are_told_of_as_one_group(wandb, tmp_path, monkeypatch):
+    """A trial as Tune calls it, twice: ended by its scheduler after its first report, and at its own end."""
+    from ray import tune
+
+    from raywm import search as searches
+    from raywm import tune as searching
+
+    overrides = dict(item.split("=", 1) for item in [*SMALL, "iterations=2", "log.wandb=p"])
+    data = {"preset": "cartpole", "space": {"fit.lr": {"uniform": [0.001, 0.01]}}, "resources": {"in_process": True}}
+    path, out = tmp_path / "search.yaml", tmp_path / "tune-x"
+    path.write_text(json.dumps(data))
+    given = [f"overrides.{key}={value}" for key, value in overrides.items()]
+    setup = {"search": searches.dumps(searches.load(path, given)), "out": str(out), "data": None}
+    monkeypatch.setattr(tune, "get_context", lambda: types.SimpleNamespace(get_trial_id=lambda: "abc_00000"))
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: None)
+    monkeypatch.setattr(tune, "report", lambda *_, **__: sys.exit(0))
+    with pytest.raises(SystemExit):
+        searching.run_trial({"fit.lr": 0.005}, setup)
+    monkeypatch.setattr(tune, "report", lambda *_, **__: None)
+    searching.run_trial({"fit.lr": 0.005}, setup)
+    first, second = wandb.runs
+    assert (first["options"]["group"], first["options"]["name"]) == ("tune-x", "tune-x-00000")
+    assert first["options"]["id"] == second["options"]["id"] and (first["exit"], second["exit"]) == (0, 0)
+    assert not first["summary"] and second["summary"]["iterations"] == 2
+    told = [line for run in wandb.runs for line in run["logged"] if "trial/return_mean" in line]
+    assert [line["trial/count"] for line in told] == [0, 1]
 
 
 def scrape(ray) -> dict[str, float]:
@@ -191,6 +246,20 @@ def test_prometheus_counts_a_run_on_ray(ray_session, tmp_path):
         time.sleep(1)
         seen = scrape(ray_session)
     assert wanted.items() <= seen.items(), seen
+
+
+def test_a_resumed_run_counts_only_what_is_new(tmp_path, monkeypatch):
+    from raywm.runtime import metrics
+
+    told = []
+    monkeypatch.setattr(metrics.RayMetrics, "_metric", lambda self, name, kind, text: Told(name, told))
+    with RunLog(tmp_path, console=False) as log:
+        log.write("train", real_env_steps=1000, updates=50)
+    sink = metrics.RayMetrics(configs.load("dreamer-cartpole"), tmp_path)
+    sink.write({"kind": "train", "real_env_steps": 990, "updates": 49}, 1)  # done again
+    sink.write({"kind": "train", "real_env_steps": 1010, "updates": 51}, 2)
+    sink.write({"kind": "collect", "data": "runs/other", "episodes": 70, "real_env_steps": 1010}, 0)
+    assert told == [("raywm_real_steps", 10), ("raywm_updates", 1)]
 
 
 def test_the_command_line_counts_in_ray(tmp_path, monkeypatch, ray_session):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,15 @@ BAD = {
         {"space": {"fit.lr": {"uniform": [0, 1]}}},
         "space.fit.lr: cartpole: fit.lr: got 0, expected more than 0",
     ),
-    "whole": ({"space": {"fit.patience": {"uniform": [8, 16]}}}, "expected randint, qrandint or lograndint"),
+    "whole": ({"space": {"fit.patience": {"uniform": [8, 16]}}}, "a whole number.*; randint, qrandint and lograndint"),
+    "whole or null": (
+        {"space": {"dream.horizon": {"uniform": [100, 900]}}, "overrides": {}},
+        "dream.horizon: got .*a whole number",
+    ),
+    "no multiples": ({"space": {"fit.lr": {"quniform": [0.05, 0.5, 0.1]}}}, "multiples of the step"),
+    "no whole multiples": ({"space": {"fit.batch": {"qrandint": [1, 10, 3]}}}, "multiples of the step"),
+    "grace": ({"scheduler": {"asha": {"grace": 9}}}, "scheduler.asha.grace: got 9, but a trial reports 2 times"),
+    "one storage": ({"overrides": {"replay.storage": "s3://b/x"}}, "replay.storage: .* holds one run, not many trials"),
     "a choice": ({"space": {"controller.kind": {"choice": ["mlp", "mpl"]}}}, "controller.kind: got 'mpl'"),
     "empty": ({"space": {"fit.lr": {"choice": []}}}, "expected a list of values"),
     "twice": ({"overrides": {"fit.lr": 0.1}}, "overrides.fit.lr: it is in the space as well"),
@@ -361,6 +370,72 @@ def test_scores():
     assert dreamer.report().score is None
     dreamer.take({"kind": "train", "model_loss": 2.0})
     assert dreamer.report().score == -2.0
+
+
+def test_a_trial_that_cannot_say_why_it_died_has_failed_as_well(tmp_path, capsys):
+    from raywm.tune import Teller, mark_dead
+
+    search, out = searched(tmp_path), tmp_path / "out"
+    error = RuntimeError("The actor died unexpectedly before finishing this task.\n\tpid: 7\nIts node has died.")
+    dead = types.SimpleNamespace(path=str(out / "tune" / "00001"), error=error, config={"fit.lr": 0.002})
+    mark_dead(out, [dead, types.SimpleNamespace(path=str(out / "tune" / "00000"), error=None, config={})])
+    (trial,) = standings(search, out)
+    assert (trial.name, trial.status, trial.values) == ("00001", "failed", {"fit.lr": 0.002})
+    assert trial.error == "its process died: Its node has died."
+    told = types.SimpleNamespace(trial_id="abc_00001")
+    Teller(out, 2).on_trial_complete(1, [], told)
+    assert trial.error in capsys.readouterr().out
+    # a failure in a directory that the trial has left does not count
+    later = out / "trials" / "00001-1"
+    later.mkdir()
+    checkpoint.atomic_write_json(later / "trial.json", {"trial": "00001", "values": {}})
+    Teller(out, 2).on_trial_complete(2, [], told)
+    assert "failed" not in capsys.readouterr().out
+
+
+def test_what_a_loop_takes_back_is_no_report(tmp_path):
+    """A Dreamer that is killed between an evaluation and its checkpoint evaluates again: as the same report."""
+    from raywm.tune import _Trial, _TrialLog
+
+    search = searched(tmp_path, **DREAMER)
+    trial = _Trial(search, search.run_config(), tmp_path)
+    with _TrialLog(trial, tmp_path, False, []) as log:
+        for value in (1.0, 2.0):
+            log.write("train", model_loss=float("nan"), real_env_steps=80)
+            log.write("trial", return_mean=value, real_env_steps=80)
+        assert trial.scores.report().turn == 2 and trial.scores.report().model_quality is None
+    again = _Trial(search, search.run_config(), tmp_path)
+    with _TrialLog(again, tmp_path, False, []) as log:
+        log.truncate(2)
+        assert again.pending and again.scores.report().turn == 1
+        log.write("trial", return_mean=3.0, real_env_steps=80)
+        assert [(r.turn, r.real_return) for r in again.scores.reports()] == [(1, 1.0), (2, 3.0)]
+
+
+def test_places_of_trials_and_modules_that_travel(tmp_path):
+    from raywm.tune import modules_of, needs_of
+
+    search = searched(tmp_path, resources={"driver_cpus": 1})
+    assert [(n.cpus, n.count) for n in needs_of(search, search.run_config(), 2)] == [(1.0, 2)] * 4
+    whole = searched(tmp_path, resources={"driver_cpus": 1, "strategy": "STRICT_PACK"})
+    (need,) = needs_of(whole, whole.run_config(), 2)
+    assert (need.cpus, need.count) == (4.0, 2)
+    kinds = {"space": {"model.kind": {"choice": ["squares:Squares", "vm"]}}}
+    overrides = {k: v for k, v in SMALL["overrides"].items() if k != "model"}
+    assert modules_of(searched(tmp_path, **kinds, overrides=overrides))[-1] == "squares"
+
+
+def test_a_search_keeps_its_preset(tmp_path, ray_session, monkeypatch):
+    """A file that is named from where the search started, and is changed later: trials have what it was."""
+    (tmp_path / "mine.yaml").write_text(configs.dumps(configs.load("cartpole", ["seed=5"])))
+    monkeypatch.chdir(tmp_path)
+    overrides = {**SMALL["overrides"], "iterations": 1}
+    search = searched(tmp_path, preset="mine.yaml", overrides=overrides, trials=1)
+    do(search, tmp_path / "out")
+    (tmp_path / "mine.yaml").write_text(configs.dumps(configs.load("cartpole", ["seed=6"])))
+    assert configs.load(tmp_path / "out" / "preset.yaml").seed == 5
+    (run,) = directories(tmp_path / "out")
+    assert configs.load(run / "config.yaml").seed == 5
 
 
 def online(config, out):

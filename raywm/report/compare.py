@@ -349,8 +349,9 @@ def chart(groups: Sequence[Group], title: str, label: str, column: int, unit: fl
             thin: Any = {"linewidth": 0.8, "alpha": 0.5, "markersize": 2} if several else {"markersize": 3}
             ax.plot(points[:, column] / unit, points[:, 2], color=group.color, marker="o", **thin)
             ax.plot(points[-1:, column] / unit, points[-1:, 2], "D", color=group.color, markersize=4)
-        if several:
-            x = np.linspace(0, min(points[-1, column] for points in lines), 200)
+        begin, end = max(p[0, column] for p in lines), min(p[-1, column] for p in lines)
+        if several and begin < end:  # as far as all of them have been tried
+            x = np.linspace(begin, end, 200)
             all_y = np.stack([np.interp(x, points[:, column], points[:, 2]) for points in lines])
             plots.band(ax, x / unit, all_y.min(0), all_y.max(0), group.color, 0.15)
             ax.plot(x / unit, all_y.mean(0), color=group.color, linewidth=2.4)

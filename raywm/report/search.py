@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -46,7 +47,7 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
 def commands(out: Path, best: Trial) -> list[str]:
     """How to measure the best trial, and the default where it was trained as well, on episodes that none has seen."""
     runs = [best.path, *([out / SOURCE] if (out / SOURCE / "summary.json").is_file() else [])]
-    return [f"raywm evaluate {run} --episodes 100 --seed {SEED}" for run in runs]
+    return [f"raywm evaluate {shlex.quote(str(run))} --episodes 100 --seed {SEED}" for run in runs]
 
 
 def steps_text(search: SearchConfig, steps: dict[str, int]) -> str:

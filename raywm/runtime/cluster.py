@@ -20,6 +20,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import raywm
+from raywm.config import RunConfig
 from raywm.runtime.needs import Need, missing
 
 OBJECT_STORE_BYTES = 512 * 2**20  # local runs: weights and pieces of episodes in flight; the episodes are on disk
@@ -225,6 +226,12 @@ def environment_modules(id: str) -> list[str]:
     spec = gymnasium.registry.get(id)
     entry = getattr(spec, "entry_point", None)
     return [entry.split(":")[0]] if isinstance(entry, str) else []
+
+
+def user_modules(config: RunConfig) -> list[str]:
+    """The modules that a run imports beside raywm: its environment's, and its world model's if that is the user's."""
+    own = [config.model.kind.split(":")[0]] if ":" in config.model.kind else []
+    return [*environment_modules(config.env.id), *own]
 
 
 def _what_is_here(modules: Sequence[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raywm.config import RunConfig
 from raywm.learners.fitness import DreamWorker
 from raywm.loops.parts import Parts, joined, units
-from raywm.runtime.cluster import beside, connect, environment_modules, on
+from raywm.runtime.cluster import beside, connect, on, user_modules
 from raywm.runtime.needs import Need
 from raywm.runtime.pool import WorkerPool
 from raywm.runtime.rollouts import Rollouts
@@ -54,9 +54,7 @@ class RayExecutor:
         fit = self.parts.fit_arguments()
         self.threads = fit["threads"] if config.fit.threads else 1  # all cores of a laptop are not asked for twice
         self._started = not ray.is_initialized()
-        own = [config.model.kind.split(":")[0]] if ":" in config.model.kind else []
-        modules = [*environment_modules(config.env.id), *own]
-        connect(address or config.address, needs_of(config, self.threads), modules=modules, say=say)
+        connect(address or config.address, needs_of(config, self.threads), modules=user_modules(config), say=say)
         self.node = ray.get_runtime_context().get_node_id()
         here = NodeAffinitySchedulingStrategy(self.node, soft=False)
         self.rollouts = Rollouts(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raywm.config import RunConfig
+from raywm.log import read_rows
 
 TAGS = ("run", "env", "algorithm")
 # Counters: the column of a line that holds the run's total so far, meaning.
@@ -35,6 +36,9 @@ class RayMetrics:
         self._tags = {"run": Path(out).name, "env": config.env.id, "algorithm": config.algorithm}
         self._made: dict[str, Any] = {}
         self._last: dict[str, float] = {}
+        for row in read_rows(Path(out) / "metrics.jsonl"):  # of a resumed run: counted by the process before
+            for name, (column, _) in TOTALS.items():
+                self._last[name] = max(self._last.get(name, 0), row.get(column) or 0)
 
     def _metric(self, name: str, kind: str, text: str) -> Any:
         from ray.util import metrics  # when there is something to count, Ray is up
@@ -70,4 +74,6 @@ def _episodes(row: dict[str, Any]) -> int:
     """Episodes that a line tells of: Dreamer logs each, V-M-C's collections and trials log how many."""
     if row["kind"] == "episode":
         return 1
+    if "data" in row:  # another run's episodes, which this one only learns from
+        return 0
     return row.get("episodes", 0) if row["kind"] in ("collect", "trial", "evaluate") else 0

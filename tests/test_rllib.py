@@ -209,6 +209,10 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
+class Context(dict):
+    """As RLlib's EnvContext."""
+
+
 class Builder:
     """NumPy's object arrays, whose bytes would be anything."""
 
@@ -227,6 +231,32 @@ def test_a_crafted_checkpoint_executes_nothing(dreamt, tmp_path, file, wrap):
     with pytest.raises(ValueError, match="crafted|AlgorithmConfig"):
         SavedPolicy(crafted).agent()
     assert not (tmp_path / "executed").exists()
+
+
+def test_settings_and_spaces_that_are_not_plain(dreamt, run, tmp_path, monkeypatch):
+    """A run named by a Path is found; an observation of several columns, or no run at all, is said in words."""
+    made = read_pickle(dreamt[0] / "class_and_ctor_args.pkl")
+    config = made["ctor_args_and_kwargs"][0][0]
+    spec = read_pickle(dreamt[0] / POLICY / "class_and_ctor_args.pkl")
+    monkeypatch.setattr("raywm.rllib.read_pickle", lambda path: spec if POLICY in str(path) else made)
+
+    def pickled(value):
+        (tmp_path / "some.pkl").write_bytes(pickle.dumps(value))
+        return read_pickle(tmp_path / "some.pkl")
+
+    config["env_config"] = pickled(Context(run=run))
+    assert isinstance(config["env_config"], Named)
+    assert SavedPolicy(dreamt[0]).model is not None
+    for wrong in ({}, {"run": 3}, {"run": pickled(Context())}):
+        config["env_config"] = wrong
+        with pytest.raises(ValueError, match="expected a run's directory"):
+            SavedPolicy(dreamt[0])
+    config["env_config"] = "run"
+    with pytest.raises(ValueError, match="no AlgorithmConfig"):
+        SavedPolicy(dreamt[0])
+    spec["ctor_args_and_kwargs"][1]["observation_space"] = pickled(TwoColumns.observation_space)
+    with pytest.raises(ValueError, match="its observation_space is <gymnasium.spaces.dict.Dict>"):
+        SavedPolicy(dreamt[0])
 
 
 @pytest.mark.parametrize("cls", ["tests.test_rllib.Own", "os.system", "ray.rllib.examples.Thing"])

@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import time
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -131,18 +130,12 @@ def load(directory: str | Path, step: int | None = None, read_only: bool = False
 def open_npz(source: str | Path | bytes) -> Iterator[Any]:
     """An .npz file, or the bytes of one, as numpy opens it. Nothing pickled is ever loaded: that runs code of the
     file's choosing. Raises ValueError for pickled objects and for what is no .npz file."""
-    try:
+    with _plain_arrays():
         loaded: Any = np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False)
-        if not hasattr(loaded, "files"):
-            raise ValueError("it is a single array, expected an .npz file of named ones")
-        with loaded:
-            yield _Arrays(loaded)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        if "allow_pickle" in str(error):
-            raise ValueError(
-                "it is no .npz file of plain arrays: pickled objects could run any code and are never loaded"
-            ) from None
-        raise error if isinstance(error, ValueError) else ValueError(f"it is no .npz file ({error})") from None
+    if not hasattr(loaded, "files"):
+        raise ValueError("it is a single array, expected an .npz file of named ones")
+    with loaded:
+        yield _Arrays(loaded)
 
 
 class _Arrays:
@@ -152,10 +145,27 @@ class _Arrays:
         self._opened, self.files = opened, list(opened.files)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        array = self._opened[name]
+        with _plain_arrays(name):
+            array = self._opened[name]
         if not isinstance(array, np.ndarray):
             raise ValueError(f"its member {name!r} is no array")
         return array
+
+
+@contextlib.contextmanager
+def _plain_arrays(member: str = "") -> Iterator[None]:
+    """What a crafted or damaged file makes numpy and zipfile raise, as a ValueError."""
+    try:
+        yield
+    except Exception as error:  # of the tokenizer, of each way to compress, of memory, ...
+        if getattr(error, "errno", None) is not None:
+            raise  # the operating system's, not the file's content's
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                "it is no .npz file of plain arrays: pickled objects could run any code and are never loaded"
+            ) from None
+        what = f"its member {member!r} is no plain array" if member else "it is no .npz file"
+        raise ValueError(f"{what} ({type(error).__name__}: {error})") from None
 
 
 def same_parameters(
@@ -335,14 +345,13 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / "state.json").read_text())
         version, made_by = manifest["format"], manifest.setdefault("raywm", OLDEST)
-        files = manifest["files"] if version in range(1, FORMAT + 1) else {}
-        if not isinstance(files, dict) or any(
-            not _NAME.fullmatch(name) or not {"bytes", "crc32"} <= set(files[name]) for name in files
-        ):
-            raise ValueError
-        if version in range(1, FORMAT + 1) and not isinstance(manifest["state"], dict):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if version in range(1, FORMAT + 1):
+            files = manifest["files"].items()
+            if not all(_NAME.fullmatch(name) and {"bytes", "crc32"} <= file.keys() for name, file in files):
+                raise ValueError
+            if not isinstance(manifest["state"], dict) or not isinstance(manifest["step"], int):
+                raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}/state.json is damaged; remove {path} to continue from the one before") from None
     if version not in range(1, FORMAT + 1):
         raise ValueError(

@@ -2,13 +2,13 @@
 
 Builtin values come as they are, NumPy arrays, scalars and gymnasium spaces are rebuilt from their bytes by the code
 here, and whatever else a pickle names (a class, a function, an object of one) comes as a ``Named``: its name and what
-it was given. So a crafted file can at worst fail to be read.
+it was given. So a crafted file runs no code; time and memory it can waste.
 """
 
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import gymnasium as gym
@@ -134,7 +134,13 @@ def _multi_discrete(value: Named) -> gym.spaces.MultiDiscrete:
     return gym.spaces.MultiDiscrete(state["nvec"], dtype=np.dtype(state["dtype"]).type, start=state["start"])
 
 
+def _path(value: Named) -> PurePath:
+    return Path(*value.args)
+
+
 BUILDERS = {
+    "pathlib.PosixPath": _path,
+    "pathlib._local.PosixPath": _path,  # Python 3.13
     "numpy.dtype": _dtype,
     "numpy._core.numeric._frombuffer": _from_buffer,
     "numpy.core.numeric._frombuffer": _from_buffer,

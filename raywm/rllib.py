@@ -8,8 +8,9 @@
 and back: ``raywm.load_agent("rllib:CHECKPOINT")``, ``raywm evaluate rllib:CHECKPOINT``,
 ``raywm collect ENV --policy rllib:CHECKPOINT``.
 
-RLlib's checkpoints are pickles. They are read as data (``raywm.pickled``): of what they name, only RLlib's own
-modules and catalogs are ever used, so a crafted checkpoint cannot execute code.
+RLlib's checkpoints are pickles. They are read as data (``raywm.pickled``): of the code that they name, only RLlib's own
+modules and catalogs are ever used, so the file itself runs nothing. The environment that it names is made, as that of a
+config is (docs/safety.md).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from raywm.controllers import followed
 from raywm.envs import make_env
 from raywm.envs.dream_env import DreamEnv, DreamVectorEnv
 from raywm.models.base import WorldModel
-from raywm.pickled import Named, read_pickle
+from raywm.pickled import Named, plain, read_pickle
 from raywm.spaces import ActionCodec, obs_columns
 
 DREAM, REAL = "raywm-dream", "raywm-env"
@@ -128,15 +129,17 @@ class SavedPolicy:
             )
 
     def _environment(self) -> None:
-        name, settings = self.config.get("env"), self.config.get("env_config")
-        settings = settings.items if isinstance(settings, Named) else settings or {}
+        name, settings = self.config.get("env"), self.config["env_config"]
         if name in (DREAM, "raywm/Dream-v0", "raywm.envs:raywm/Dream-v0"):
             from raywm.loops.saved import open_run
 
+            where = settings.get("run")
+            if not isinstance(where, (str, Path)):
+                raise ValueError(f"{self.path} was trained in the dream of {where!r}, expected a run's directory")
             try:
-                run = open_run(settings["run"])
+                run = open_run(where)
             except ValueError as error:
-                raise ValueError(f"{self.path} was trained in the dream of {settings['run']}: {error}") from error
+                raise ValueError(f"{self.path} was trained in the dream of {where}: {error}") from error
             self.env: Any = run.config.env
             self.columns, self.codec, self.seed = run.columns, run.codec, run.config.seed
             if settings.get("observe", "features") == "features":
@@ -144,7 +147,7 @@ class SavedPolicy:
             return
         if not isinstance(name, str):
             raise ValueError(f"{self.path} was trained in {name!r}, expected {DREAM}, {REAL} or a gymnasium id")
-        self.env = dict(settings) if name == REAL else {"id": name, "kwargs": dict(settings)}
+        self.env = settings if name == REAL else {"id": name, "kwargs": settings}
         env = make_env(self.env)
         try:
             self.columns, self.codec = obs_columns(env.observation_space), ActionCodec(env.action_space)
@@ -164,6 +167,9 @@ class SavedPolicy:
                 "action_space": found["action_space"],
                 "model_config": found["model_config"],
             }
+            for name in ("observation_space", "action_space"):
+                if not isinstance(spec[name], gym.Space):
+                    raise ValueError(f"its {name} is {spec[name]}, expected a Box, Discrete or MultiDiscrete")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.path}: {error}; load it yourself and give its module to RLlibAgent") from error
         if (own := _own(spec["model_config"])) is not None:
@@ -284,8 +290,9 @@ def _settings(made: Any) -> dict[str, Any]:
     """The algorithm's config from its constructor's arguments."""
     try:
         config = made["ctor_args_and_kwargs"][0][0]
-        assert isinstance(config, dict) and "env_config" in config
-    except (AssertionError, KeyError, IndexError, TypeError):
+        given = config["env_config"]  # an EnvContext, which is a dict
+        config["env_config"] = plain(given.items) if isinstance(given, Named) else dict(given or {})
+    except (KeyError, IndexError, TypeError, ValueError, RecursionError):
         raise ValueError("the checkpoint's class_and_ctor_args.pkl holds no AlgorithmConfig; see ray.rllib") from None
     for key in ("_env_to_module_connector", "_module_to_env_connector"):
         if config.get(key) is not None:

@@ -84,7 +84,11 @@ def application(
     Args:
         run: a run directory that every node of the cluster can read.
         token: what clients must send as a bearer token; None: nothing.
+
+    Raises ValueError for a token that is too easily guessed.
     """
+    if token is not None:
+        check_token(token, "token")
     serve = _serve()
     deployment = serve.deployment(serve.ingress()(Replica)).options(
         name=NAME,
@@ -120,18 +124,19 @@ def serving(
     horizon: int = HORIZON,
 ) -> Iterator[str]:
     """Serve a run on Ray (started here, joined at `address`, or the one that is running) as long as the context lasts;
-    yields the URL. Raises ValueError: no trained agent, the port in use, no token where one is needed."""
-    _serve()
+    yields the URL. Raises ValueError: no trained agent, the port in use, no token (or a poor one) where one is
+    needed."""
     if token is None and not is_loopback(host):
         raise ValueError(
             f"--host {host} lets others in, and there is no token; make one (openssl rand -hex 32 > token; chmod 600 "
             f"token) and give --token-file token, or set {TOKEN_VARIABLE}; or leave --host out"
         )
     check_port(host, port)
+    app = application(run, replicas, token, rows, horizon)
     ours = not ray.is_initialized()
     connect(address, [Need("replica", count=replicas)])
     try:
-        with _started(application(run, replicas, token, rows, horizon), host, port, ours and address is None):
+        with _started(app, host, port, ours and address is None):
             shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
             url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
             _wait_for(url, token)
@@ -217,14 +222,27 @@ def read_token(path: Path | None) -> str | None:
         token = os.environ.get(TOKEN_VARIABLE) if path is None else path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{where} cannot be read: {error}") from None
-    if token is None:
-        return None
+    if token is not None:
+        check_token(token, where)
+    return token
+
+
+def check_token(token: str, where: str) -> None:
+    """Raises ValueError for a token that is too easily guessed, or that no header can carry."""
     if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(
             f"{where}: got {len(token)} characters, expected one word of at least {TOKEN_LENGTH}; e.g. of "
             "openssl rand -hex 32"
         )
-    return token
+
+
+def curl(url: str, body: str, token: str | None) -> str:
+    """A command that asks the service: to act on `body`, or how to ask where that is too long for a line. `token`: what
+    a shell makes the token of."""
+    header = "" if token is None else f' -H "Authorization: Bearer {token}"'
+    if len(body) > 2000:  # images
+        return f"curl {url}/schema{header}"
+    return f"curl {url}/act -H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
 
 
 def main(
@@ -251,10 +269,11 @@ def main(
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with serving(run, host, port, replicas, token, address) as url:
-            header = "" if token is None else f' -H "Authorization: Bearer ${TOKEN_VARIABLE}"'
             say(f"{url} serves {run}: {health['algorithm']} on {health['env']}, model {health['model']}")
-            shown = shlex.quote(body) if len(body) < 2000 else "@request.json"
-            say(f"try: curl {url}/act -H 'Content-Type: application/json'{header} -d {shown}")
+            sent = None if token is None else f"${TOKEN_VARIABLE}"
+            if token_file is not None:
+                sent = f"$(cat {shlex.quote(str(token_file))})"
+            say(f"try: {curl(url, body, sent)}")
             with contextlib.suppress(KeyboardInterrupt):
                 while True:
                     time.sleep(3600)

@@ -29,6 +29,7 @@ from raywm.tokens import GENERATOR, StateTokens, WrongModel, restore, saved
 ROWS, HORIZON = 64, 256
 NUMBER = 32  # bytes that one JSON number may take, its comma included
 DECODED_BYTES = 64 * 2**20  # of the observations that one answer of `imagine` may hold
+DECODED_ROWS = 256  # at once: what a decoder needs on its way is many times what it gives
 
 
 @dataclass
@@ -223,7 +224,9 @@ class Service:
         told = {"reward": reward.tolist(), "cont": cont.tolist(), "state": self.tokens.encode(last, asked.rng)}
         if asked.decode:
             arrived = {k: v[1:].transpose(0, 1).flatten(0, 1) for k, v in dreamed.states.items()}  # (B*H,*)
-            decoded = self.agent.model.decode(arrived)
+            rows = {k: v.split(DECODED_ROWS) for k, v in arrived.items()}
+            parts = [self.agent.model.decode(dict(zip(rows, part))) for part in zip(*rows.values())]
+            decoded = {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
             if not all(v.isfinite().all() for v in decoded.values()):
                 raise Refused(422, "decode: what the model sees there is not finite; imagine fewer steps")
             told["obs"] = {k: _shown(v.unflatten(0, (-1, steps)).numpy()) for k, v in decoded.items()}

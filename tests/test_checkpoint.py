@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_damage_and_foreign_formats_are_named(tmp_path):
     (path / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state\.json is damaged"):
         checkpoint.load(tmp_path)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode() + b" " * (-(len(header) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA, "encrypted"])
+@pytest.mark.parametrize("shape", ["(100,)", "(10000000000000,)", f"({10**30},)", "(-1,)", "(((", "(" * 4000])
+def test_arrays_that_no_honest_file_has_are_a_value_error(how, shape):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED if how == "encrypted" else how) as opened:
+        opened.writestr("x.npy", npy(f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}}}", bytes(9) * 40))
+    data = bytearray(file.getvalue())
+    if how == "encrypted":
+        data[6] |= 1
+        data[data.rfind(b"PK\x01\x02") + 8] |= 1
+    elif how != zipfile.ZIP_STORED:
+        data[60:70] = bytes(byte ^ 255 for byte in data[60:70])
+    with pytest.raises(ValueError, match=r"its member 'x' is no (plain )?array"), checkpoint.open_npz(bytes(data)) as x:
+        x["x"]
+    with pytest.raises(FileNotFoundError), checkpoint.open_npz("no-such-file.npz"):
+        pass
 
 
 def test_nothing_is_executed_on_load(tmp_path):

@@ -23,9 +23,9 @@ from raywm.data.store import EpisodeStore
 from raywm.envs import make_env
 from raywm.export import export_run, formats
 from raywm.export.card import data_of
-from raywm.export.example import _image
+from raywm.export.example import _arguments, _image, _input
 from raywm.export.parity import Parity
-from raywm.export.step import TorchCodec, grouped, step_of
+from raywm.export.step import Field, TorchCodec, grouped, step_of
 from raywm.loops.saved import open_run
 from raywm.spaces import ActionCodec
 
@@ -242,7 +242,9 @@ def test_a_draw_on_an_edge_is_drawn_again_but_not_many(runs):
 SPACES = {
     "box": gym.spaces.Box(np.array([-3, 0, 1], np.float32), np.array([2, 1e4, 1], np.float32)),
     "box 2d": gym.spaces.Box(-1, 1, (2, 3), np.float64),
+    "box of halves": gym.spaces.Box(-1.1, 1.1, (2,), np.float16),
     "box of bytes": gym.spaces.Box(0, 255, (4,), np.uint8),
+    "box of shorts": gym.spaces.Box(-3, 300, (2,), np.int16),
     "discrete": gym.spaces.Discrete(5, start=-2),
     "multi discrete": gym.spaces.MultiDiscrete([3, 2, 4], start=[1, 0, -3]),
     "multi discrete 2d": gym.spaces.MultiDiscrete([[3, 2], [4, 5]]),
@@ -259,6 +261,38 @@ def test_the_codec_in_torch_gives_the_same_bits(name):
     mine = torch_codec.decode(torch.from_numpy(vector)).numpy()
     assert mine.dtype == codec.dtype and np.array_equal(mine, action)
     assert np.array_equal(torch_codec.encode(torch.from_numpy(action)).numpy(), codec.encode(action))
+
+
+class BothWays(torch.nn.Module):
+    """What steps do with actions, of all codecs."""
+
+    def __init__(self, codecs):
+        super().__init__()
+        self.codecs = torch.nn.ModuleList(map(TorchCodec, codecs))
+
+    def forward(self, vectors):
+        actions = [codec.decode(vector) for codec, vector in zip(self.codecs, vectors)]
+        return actions, [codec.encode(action) for codec, action in zip(self.codecs, actions)]
+
+
+def test_onnx_knows_every_action_space(tmp_path):
+    """Of every dtype: not each runtime has each operation for all of them."""
+    import onnxruntime
+
+    codecs, path = [ActionCodec(space) for space in SPACES.values()], tmp_path / "codec.onnx"
+    with formats._quiet():
+        example, batch = [torch.zeros(2, codec.dim) for codec in codecs], torch.export.Dim("batch", min=1)
+        shapes = ([{0: batch}] * len(codecs),)
+        program = torch.export.export(BothWays(codecs), (example,), dynamic_shapes=shapes)
+        torch.onnx.export(program, dynamo=True, input_names=list(SPACES), verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for rows in (1, 200):
+        rng = np.random.default_rng(0)
+        vectors = [rng.normal(size=(rows, codec.dim)).astype(np.float32) for codec in codecs]
+        found = session.run(None, dict(zip(SPACES, vectors)))
+        for codec, vector, action, encoded in zip(codecs, vectors, found, found[len(codecs) :], strict=False):
+            assert action.dtype == codec.dtype and np.array_equal(action, codec.decode(vector)), codec
+            assert np.array_equal(encoded, codec.encode(action)), codec
 
 
 def test_what_acting_does_not_need_is_left_out(runs):
@@ -310,3 +344,21 @@ def test_the_example_makes_images_as_they_are_stored():
     assert mine.shape == (64, 64, 1) and np.array_equal(
         np.asarray(scope["image"](raw), np.uint8).reshape(64, 64, 1), mine
     )
+
+
+def test_a_config_writes_no_code_into_the_example():
+    hostile = {"x=print('code')": 1, "None": 2, "size": '"""'}
+    code = f"found = dict({_arguments(hostile)})"
+    scope: dict = {"print": lambda *_: pytest.fail("code ran")}
+    exec(code, scope)
+    assert scope["found"] == hostile
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch-export"])
+def test_the_example_takes_images_that_are_flipped_views(format):
+    name, frame = 'a "front" view', np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)[::-1]
+    field = Field(f"obs.{name}", frame.shape, "uint8", "observation")
+    scope = {"np": np, "torch": torch, "inputs": {}, "obs": {}, "seen": {name: frame}}
+    exec(_input(format, field, configs.load("cartpole").env, True, True), scope)
+    found = scope["inputs"][f"obs.{name}"] if format == "onnx" else scope["obs"][name].numpy()
+    assert np.array_equal(found, frame[None])

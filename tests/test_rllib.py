@@ -198,6 +198,24 @@ def test_bench_learns_in_the_dream(ray_session, run, tmp_path, monkeypatch):
         bench.run("CartPole-v1", ["sac"])
 
 
+def test_bench_tells_what_has_not_ended(tmp_path, capsys):
+    """An iteration in which no episode ended has no mean return; 20 of DreamerV3's episodes may not be there."""
+    from raywm.bench import rllib as bench
+    from raywm.bench.common import finish
+
+    one = {"steps": 9, "real_steps": 9, "seconds": 2.0}
+    found: dict = {"dreamer": {**one, "curve": [(9, 2.0, 777.0)], "mean_20": None}}
+    found["ppo"] = {**one, "curve": [(9, 2.0, np.nan)]}
+    result = {"settings": {"env": {"id": "CartPole-v1"}, "seed": 0, "run": None}, "algorithms": found}
+    finish(lambda say: result, bench._show, True, tmp_path / "bench.json")
+    told = json.loads((tmp_path / "bench.json").read_text(), parse_constant=pytest.fail)
+    assert told["algorithms"]["ppo"]["curve"] == [[9, 2.0, None]]
+    capsys.readouterr()
+    finish(lambda say: result, bench._show)
+    table = capsys.readouterr().out
+    assert "DreamerV3" in table and "777" not in table
+
+
 # ------------------------------------------------------------------------------------------------ hostile files
 
 
@@ -207,6 +225,10 @@ class Bomb:
 
     def __reduce__(self):
         return os.system, (f"touch {self.path}",)
+
+
+class Context(dict):
+    """As RLlib's EnvContext."""
 
 
 class Builder:
@@ -227,6 +249,33 @@ def test_a_crafted_checkpoint_executes_nothing(dreamt, tmp_path, file, wrap):
     with pytest.raises(ValueError, match="crafted|AlgorithmConfig"):
         SavedPolicy(crafted).agent()
     assert not (tmp_path / "executed").exists()
+
+
+def test_settings_and_spaces_that_are_not_plain(dreamt, run, tmp_path, monkeypatch):
+    """A run named by a Path is found; an observation of several columns, or no run at all, is said in words."""
+    made = read_pickle(dreamt[0] / "class_and_ctor_args.pkl")
+    config = made["ctor_args_and_kwargs"][0][0]
+    spec = read_pickle(dreamt[0] / POLICY / "class_and_ctor_args.pkl")
+    monkeypatch.setattr("raywm.rllib.read_pickle", lambda path: spec if POLICY in str(path) else made)
+
+    def pickled(value):
+        (tmp_path / "some.pkl").write_bytes(pickle.dumps(value))
+        return read_pickle(tmp_path / "some.pkl")
+
+    config["env_config"] = pickled(Context(run=run))
+    assert isinstance(config["env_config"], Named)
+    assert SavedPolicy(dreamt[0]).model is not None
+    for wrong in ({}, {"run": 3}, {"run": pickled(Context())}):
+        config["env_config"] = wrong
+        with pytest.raises(ValueError, match="expected a run's directory"):
+            SavedPolicy(dreamt[0])
+    config["env_config"] = "run"
+    with pytest.raises(ValueError, match="no AlgorithmConfig"):
+        SavedPolicy(dreamt[0])
+    config["env_config"] = {"run": str(run)}
+    spec["ctor_args_and_kwargs"][1]["observation_space"] = pickled(TwoColumns.observation_space)
+    with pytest.raises(ValueError, match="its observation_space is <gymnasium.spaces.dict.Dict>"):
+        SavedPolicy(dreamt[0])
 
 
 @pytest.mark.parametrize("cls", ["tests.test_rllib.Own", "os.system", "ray.rllib.examples.Thing"])

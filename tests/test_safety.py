@@ -153,6 +153,9 @@ def test_a_checkpoint_names_no_files_elsewhere(copy, tmp_path, canary):
         '{"format": 2, "files": [], "state": {}, "step": 1}',
         '{"format": 2, "files": {"a.npz": 3}, "state": {}, "step": 1}',
         '{"format": 2, "files": {}, "state": [], "step": 1}',
+        '{"format": 2, "files": {}, "state": {}}',
+        '{"format": 2, "files": {"a.npz": ["bytes", "crc32"]}, "state": {}, "step": 1}',
+        pytest.param("[" * 100_000, id="deep"),
         '{"format": {"py/object/apply": "os.system"}}',
     ],
 )

@@ -8,6 +8,7 @@ import copy
 import http.client
 import json
 import os
+import shlex
 import signal
 import socket
 import string
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 
 from raywm import config as configs
 from raywm import serve, service_http
+from raywm import service as service_module
 from raywm.bench.serve import as_json, observations, untrained
 from raywm.cli import app
 from raywm.dream import dream
@@ -221,7 +223,8 @@ def test_what_a_row_cannot_bear_is_its_own_request_s_fault(service_of, monkeypat
 
 
 @pytest.mark.parametrize("algorithm, env", RUNS)
-def test_imagining_is_the_dream_of_the_model(service_of, algorithm, env):
+def test_imagining_is_the_dream_of_the_model(service_of, algorithm, env, monkeypatch):
+    monkeypatch.setattr(service_module, "DECODED_ROWS", 3)  # of 8
     service, codec = service_of(algorithm, env), service_of(algorithm, env).codec
     rng = np.random.default_rng(3)
     start = ask(service, {"obs": as_json(observations(service.columns, rng, 2)), "seed": [1, 2]})["state"]
@@ -565,6 +568,11 @@ def test_only_this_machine_without_a_token(run_of, tmp_path, monkeypatch):
     for host in ("0.0.0.0", "::", "192.0.2.7", "example.org"):
         done = CliRunner().invoke(app, ["serve", run, "--host", host, "--port", free])
         assert done.exit_code == 2 and "there is no token" in done.output and "Traceback" not in done.output
+    for token in ("", "short", "two words that are long"):
+        with pytest.raises(ValueError, match="expected one word of at least 16"):
+            serve.application(run, token=token)
+        with pytest.raises(ValueError, match="expected one word"), serve.serving(run, "0.0.0.0", int(free), 1, token):
+            pass
     short.write_text("short\n")
     done = CliRunner().invoke(app, ["serve", run, "--token-file", str(short)])
     assert done.exit_code == 2 and "got 5 characters, expected one word of at least 16" in done.output
@@ -584,6 +592,21 @@ def test_a_port_in_use_and_no_run_are_one_line(run_of, tmp_path):
     assert done.exit_code == 2 and f"cannot listen on 127.0.0.1, port {port}" in done.output
     done = CliRunner().invoke(app, ["serve", str(tmp_path)])
     assert done.exit_code == 2 and "no run in" in done.output and len(done.output.splitlines()) == 1
+
+
+def test_the_command_to_try_can_be_tried(service_of, tmp_path):
+    service = service_of("dreamer", Odd)
+    assert serve.curl("http://h:1", json.dumps(service.example()), None).startswith("curl http://h:1/act -H ")
+    (tmp_path / "a token").write_text("secret-of-sixteen\n")
+    # images do not fit on a line; and the shell puts the token in
+    command = serve.curl("http://h:1", "x" * 5000, f"$(cat {shlex.quote(str(tmp_path / 'a token'))})")
+    told = subprocess.run(f'printf "%s\n" {command}', shell=True, capture_output=True, text=True, check=True)
+    assert told.stdout.split("\n")[:4] == [
+        "curl",
+        "http://h:1/schema",
+        "-H",
+        "Authorization: Bearer secret-of-sixteen",
+    ]
 
 
 def free_port():

@@ -17,6 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
+from raywm.checkpoint import plain
+
 Work = Callable[[], float]  # does a piece of work and says how much it was
 Spread = dict[str, float]
 Say = Callable[[str], None]
@@ -156,10 +158,11 @@ def finish(
     result = measure(say)
     if live:
         say("")
+    text = json.dumps(plain(result), indent=2, allow_nan=False)
     if out is not None:
-        Path(out).write_text(json.dumps(result, indent=2) + "\n")
+        Path(out).write_text(text + "\n")
     if as_json:
-        print(json.dumps(result, indent=2))
+        print(text)
     else:
         # a table in a log is as wide as its cells
         show(result, Console(width=None if sys.stdout.isatty() else 200))

@@ -173,13 +173,14 @@ def _show(result: dict[str, Any], console: Console) -> None:
         table.add_column(column, justify="left" if column in ("", "learned in") else "right")
     for name, one in result["algorithms"].items():
         real = one.get("real")
+        last = one["mean_20"] if name == "dreamer" else one["curve"][-1][2]  # DreamerV3's curve is of single episodes
         table.add_row(
             {"ppo": "PPO", "dreamer": "DreamerV3", "dream": "PPO"}[name],
             f"dream of {settings['run']}" if name == "dream" else "reality",
             f"{one['steps']:,}",
             f"{one['real_steps']:,}",
             f"{one['seconds'] + one.get('run_seconds', 0):.0f}",
-            f"{one['curve'][-1][2]:.1f}" if one["curve"] else "",
+            "" if last is None else f"{last:.1f}",
             "" if real is None else f"{real['return_mean']:.1f} +- {real['return_std']:.1f} ({real['episodes']})",
         )
     console.print(table)

@@ -73,7 +73,8 @@ class DreamVectorEnv(gym.vector.VectorEnv):
     all N whether they begin anew or not, starts come from a stream of their own: so the first episodes are those of
     ``dream_returns`` with the same generator.
 
-    Raises ValueError for arguments that make no dream, and for actions outside the space.
+    Raises ValueError for arguments that make no dream, for actions of another shape, for choices that the space does
+    not have and for numbers that are not finite; numbers beyond a Box's bounds are clipped.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012

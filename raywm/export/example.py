@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import keyword
 import textwrap
 from typing import Any
 
@@ -122,10 +124,16 @@ def _input(format: str, field: Field, env: Any, several: bool, real: bool) -> st
     elif not real:
         value = f"rng.integers(0, 256, {shape}, np.uint8)" if field.dtype == "uint8" else DRAWS["normal"].format(shape)
     else:
-        seen = f"seen[{key!r}]" if several else "seen"
+        seen = f"seen[{_text(key)}]" if several else "seen"
         seen = f"image({seen})" if _processed(env, field) else seen
-        value = f"np.asarray({seen}, np.{field.dtype}).reshape{shape}"
-    return f'inputs["{field.name}"] = {value}' if format == "onnx" else f'{group}["{key}"] = torch.from_numpy({value})'
+        value = f"np.array({seen}, np.{field.dtype}).reshape{shape}"  # a copy: torch takes no flipped view
+    if format == "onnx":
+        return f"inputs[{_text(field.name)}] = {value}"
+    return f"{group}[{_text(key)}] = torch.from_numpy({value})"
+
+
+def _text(value: str) -> str:
+    return json.dumps(value)  # in double quotes
 
 
 def _made(env: Any) -> tuple[str, list[str]]:
@@ -154,7 +162,11 @@ def _made(env: Any) -> tuple[str, list[str]]:
 
 
 def _arguments(values: dict[str, Any], before: str = "") -> str:
-    text = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    text = ", ".join(
+        # what is no name comes as data: a config may not write code into the program
+        f"{key}={value!r}" if key.isidentifier() and not keyword.iskeyword(key) else f"**{ {key: value}!r}"
+        for key, value in values.items()
+    )
     return before + text if text else ""
 
 

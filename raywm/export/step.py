@@ -56,8 +56,6 @@ class TorchCodec(nn.Module):
 
     low: Tensor
     high: Tensor
-    bottom: Tensor
-    top: Tensor
     starts: Tensor
 
     def __init__(self, codec: ActionCodec):
@@ -67,9 +65,8 @@ class TorchCodec(nn.Module):
             raise ValueError(f"actions are {codec.dtype}, expected one of {', '.join(TORCH_DTYPES)} to export them")
         self.dtype = TORCH_DTYPES[codec.dtype.name]
         if self.kind == "box":  # in float64, as the codec: a bound may not be rounded outwards
-            space: Any = codec.space
-            for name, bound in {"low": codec.low, "high": codec.high, "bottom": space.low, "top": space.high}.items():
-                self.register_buffer(name, torch.from_numpy(bound.copy()))
+            self.register_buffer("low", torch.from_numpy(codec.low.copy()))
+            self.register_buffer("high", torch.from_numpy(codec.high.copy()))
         elif self.groups:
             self.register_buffer("starts", torch.from_numpy(codec.starts.copy()))
 
@@ -80,7 +77,8 @@ class TorchCodec(nn.Module):
             action = self.low + (unit + 1) / 2 * (self.high - self.low)
             if not self.dtype.is_floating_point:
                 action = action.round()
-            return torch.minimum(torch.maximum(action.to(self.dtype), self.bottom), self.top)
+            action = action.to(self.dtype).double()  # ONNX Runtime has no minimum of all dtypes
+            return torch.minimum(torch.maximum(action, self.low), self.high).to(self.dtype)
         if self.kind == "multi_binary":
             return (vector > 0.5).unflatten(-1, self.shape).to(self.dtype)
         choice = torch.stack([part.argmax(-1) for part in vector.split(self.groups, -1)], -1) + self.starts

@@ -87,7 +87,7 @@ def test_two_hot_says_the_number_it_was_fitted_to():
     target = torch.tensor([-300.0, -1.5, 0.0, 0.3, 7.0, 2500.0])
     logits = torch.zeros(6, 255, requires_grad=True)
     for _ in range(3000):
-        (grad,) = torch.autograd.grad(twohot.loss(logits.log_softmax(-1), target).sum(), logits)
+        (grad,) = torch.autograd.grad(twohot.loss(logits, target).sum(), logits)
         logits = (logits - grad).detach().requires_grad_()
     two = logits.softmax(-1).topk(2).values.sum(-1)
     assert torch.allclose(two, torch.ones(6), atol=0.01)
@@ -97,12 +97,15 @@ def test_two_hot_says_the_number_it_was_fitted_to():
 
 def test_two_hot_loss_is_the_cross_entropy_of_the_two_bins():
     twohot, logits = TwoHot(9, limit=2.0), torch.randn(9, generator=torch.Generator().manual_seed(0))
+    logits.requires_grad_()
     log_p = logits.log_softmax(-1)
     for a, b in ((2, 3), (6, 7), (0, 5), (0, 1)):  # positive, negative, across 0
         target = twohot.bins[a] * 0.25 + twohot.bins[b] * 0.75
         expected = -(0.25 * log_p[a] + 0.75 * log_p[b])
-        assert torch.allclose(twohot.loss(log_p, target), expected)
-    assert torch.allclose(twohot.loss(log_p, target, target), 2 * expected)
+        assert torch.allclose(twohot.loss(logits, target), expected)
+    assert torch.allclose(twohot.loss(logits, target, target), 2 * expected)
+    grads = [torch.autograd.grad(x, logits)[0] for x in (3 * twohot.loss(logits, target, target), 6 * expected)]
+    assert torch.allclose(*grads, atol=1e-6)
     assert torch.allclose(twohot.loss(log_p, torch.tensor(-1e9)), -log_p[8])  # beyond the last bin
 
 

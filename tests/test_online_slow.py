@@ -38,7 +38,7 @@ def test_a_run_that_is_killed_five_times_still_learns(tmp_path):
     command += ["evaluate.episodes=20", "--out", str(out), "--resume"]
     for kill in range(KILLS):
         process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        goal, until = 1500 + 800 * kill, time.monotonic() + 900
+        goal, until = 600 + 500 * kill, time.monotonic() + 900
         while steps_of(out) < goal and process.poll() is None and time.monotonic() < until:
             time.sleep(0.5)
         assert process.poll() is None, "it ended by itself"

@@ -211,8 +211,14 @@ class DreamerLearner:
         with torch.set_grad_enabled(through), self._autocast(through):
             dreamt = dream(model.of(dreamer), policy, start, d["horizon"], rng, states=False)
         features, action = dreamt.features[:-1].detach(), torch.stack(raw).detach()
-        log_p = self.critic(dreamt.features.detach()).log_softmax(-1)  # (H+1, N, bins)
-        value = self.twohot.mean(self.critic(dreamt.features)) if through else self.twohot.mean_of(log_p.detach().exp())
+        logits = self.critic(features)  # (H, N, bins)
+        log_p = logits.detach().log_softmax(-1)
+        if through:
+            value = self.twohot.mean(self.critic(dreamt.features))  # (H+1, N)
+        else:
+            with torch.no_grad():
+                last = self.twohot.mean(self.critic(dreamt.features[-1:]))
+            value = torch.cat([self.twohot.mean_of(log_p.exp()), last])
         live = self.discount * dreamt.cont.float()
         returns = lambda_return(dreamt.reward.float(), live, value[1:], d["lam"])
         weight = torch.cumprod(torch.cat([valid.float()[None], live[:-1]]), 0).detach()  # (H, N)
@@ -223,7 +229,7 @@ class DreamerLearner:
         else:
             advantage = (returns - value[:-1]) / self.percentiles.scale
             actor = -weight * (log_prob * advantage + d["entropy"] * entropy)
-        critic = weight * self.twohot.loss(log_p[:-1], returns, self._slow_value(features))
+        critic = weight * self.twohot.loss(logits, returns, self._slow_value(features), log_p=log_p)
         told = {
             "entropy": entropy.detach().mean(),
             "dream_reward": dreamt.reward.detach().mean(),
@@ -236,7 +242,7 @@ class DreamerLearner:
 
     def _replayed(self, batch: Batch, features: Tensor, boot: Tensor) -> Tensor:
         """The critic's loss on the replayed rows; its bootstrap is the dream's return from there (Nature 2025)."""
-        log_p = self.critic(features[:, :-1]).log_softmax(-1)  # (B, T-1, bins)
+        logits = self.critic(features[:, :-1])  # (B, T-1, bins)
         with torch.no_grad():
             live = self.discount * (~batch.is_terminal[:, 1:]).float()
             lam = self.config["lam"] * (~batch.is_last[:, 1:]).float()
@@ -244,7 +250,7 @@ class DreamerLearner:
             target = lambda_return(*to_time).transpose(0, 1)
             weight = (~batch.is_last[:, :-1] & batch.mask[:, :-1]).float()
             slow = self._slow_value(features[:, :-1])
-        return (weight * self.twohot.loss(log_p, target, slow)).mean()
+        return (weight * self.twohot.loss(logits, target, slow)).mean()
 
     def _slow_value(self, features: Tensor) -> Tensor:
         with torch.no_grad():

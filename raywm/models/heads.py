@@ -29,9 +29,10 @@ def columns(classes: Tensor, width: int) -> Tensor:
 
 def ones_at(places: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Places (N, S) -> rows (N, width) of zeros with ones there. (torch's scatter_ of bf16 costs ten times this.)"""
-    rows = torch.arange(0, len(places) * width, width, device=places.device).unsqueeze(-1)
-    flat = torch.zeros(len(places) * width, dtype=dtype, device=places.device)
-    return flat.index_fill_(0, (places + rows).flatten(), 1.0).view(-1, width)
+    N = places.shape[0]
+    rows = torch.arange(0, N * width, width, device=places.device).unsqueeze(-1)
+    flat = torch.zeros(N * width, dtype=dtype, device=places.device)
+    return flat.index_fill_(0, (places + rows).flatten(), 1.0).view(N, width)
 
 
 class Picked(torch.autograd.Function):
@@ -154,10 +155,10 @@ class TwoHot(nn.Module):
         """Probabilities (..., K) -> (...)"""
         return (p[..., 1 : self.middle + 1] - p[..., self.middle + 1 :]) @ self.bins[1 : self.middle + 1]
 
-    def loss(self, log_p: Tensor, *targets: Tensor) -> Tensor:
-        """Cross-entropy (...) of log-probabilities (..., K) with the two bins around a target (...), by its nearness to
-        each; the sum over targets."""
-        total: Tensor | float = 0.0
+    def loss(self, logits: Tensor, *targets: Tensor, log_p: Tensor | None = None) -> Tensor:
+        """Cross-entropy (...) of logits (..., K) with the two bins around a target (...), by its nearness to each; the
+        sum over targets. `log_p`: the logits' log-probabilities, without gradients, where they are known."""
+        places, shares = [], []
         sizes = self.bins[: self.middle + 1]
         for target in targets:
             target = target.detach().float()
@@ -166,10 +167,30 @@ class TwoHot(nn.Module):
             low, high = sizes[above - 1], sizes[above]
             share = (size - low) / (high - low)
             negative = (target < 0) * self.middle  # where the bins of that sign are
-            at = torch.stack([above - 1 + negative * (above > 1), above + negative], -1)  # (..., 2)
-            total = total - (log_p.gather(-1, at) * torch.stack([1 - share, share], -1)).sum(-1)
-        assert isinstance(total, Tensor)
-        return total
+            places += [above - 1 + negative * (above > 1), above + negative]
+            shares += [1 - share, share]
+        if log_p is None:
+            log_p = logits.detach().log_softmax(-1)
+        loss: Tensor = CrossEntropy.apply(logits, log_p, torch.stack(places, -1), torch.stack(shares, -1))
+        return loss
+
+
+class CrossEntropy(torch.autograd.Function):
+    """-sum of share * log_p[place], of logits and their log-probabilities (..., K), places and shares (..., n).
+
+    The gradient in one piece: by itself autograd makes and adds a tensor as large as the logits for each place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_p: Tensor, places: Tensor, shares: Tensor) -> Tensor:
+        ctx.save_for_backward(log_p, places, shares)
+        return -(log_p.gather(-1, places) * shares).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        log_p, places, shares = ctx.saved_tensors
+        scaled = -shares * grad.unsqueeze(-1)  # (..., n)
+        return log_p.exp().mul_(-scaled.sum(-1, keepdim=True)).scatter_add_(-1, places, scaled), None, None, None
 
 
 def mixed_probs(logits: Tensor, unimix: float) -> Tensor:
@@ -198,8 +219,10 @@ def choose(logits: Tensor, uniform: Tensor, unimix: float = 0.0) -> Tensor:
 
 def draw(logits: Tensor, uniform: Tensor, unimix: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """What ``choose`` chooses as one-hots (..., K)."""
-    chosen = choose(logits, uniform, unimix)
-    return ones_at(chosen.view(-1, 1), logits.shape[-1], dtype).view(logits.shape)
+    chosen = choose(logits, uniform, unimix).unsqueeze(-1)
+    if dtype == torch.bfloat16:
+        return ones_at(chosen.view(-1, 1), logits.shape[-1], dtype).view(logits.shape)
+    return torch.zeros(logits.shape, dtype=dtype, device=logits.device).scatter_(-1, chosen, 1.0)
 
 
 class StraightThrough(torch.autograd.Function):

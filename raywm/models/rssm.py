@@ -397,8 +397,7 @@ class RSSM(WorldModel):
         dyn = self.latent.kl({k: v.detach() for k, v in post.items()}, prior)
         rep = self.latent.kl(post, {k: v.detach() for k, v in prior.items()})
         losses = {name: value.unflatten(0, (B, T)) for name, value in self._decoded(features, batch).items()}
-        reward = self.reward(features).log_softmax(-1)
-        losses["reward"] = self.twohot.loss(reward, batch.reward.flatten()).unflatten(0, (B, T))
+        losses["reward"] = self.twohot.loss(self.reward(features), batch.reward.flatten()).unflatten(0, (B, T))
         going = (~batch.is_terminal).float()
         losses["cont"] = bernoulli_loss(self.cont(features).view(B, T), going)
         losses["dyn"] = self.dyn_scale * dyn.clamp(min=self.free_nats)

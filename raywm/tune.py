@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -266,9 +266,10 @@ def _present(out: Path, name: str) -> Path:
     return own[-1] if own else out / TRIALS / name
 
 
-def mark_dead(out: Path, results: Iterable[Any]) -> None:
+def mark_dead(out: Path, results: tune.ResultGrid) -> None:
     """Have the directories of trials say that they failed where they could not: their processes died."""
-    for result in results:
+    for index in range(len(results)):
+        result = results[index]
         name = Path(result.path).name
         run = _present(out, name)
         if result.error is None or (run / FAILED).is_file():

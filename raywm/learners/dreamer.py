@@ -202,7 +202,7 @@ class DreamerLearner:
             raw.append(reparametrised(acting, features, noise) if through else acting.sample(features, noise))
             return raw[-1].clamp(-1, 1) if acting.kind == "box" else raw[-1]
 
-        dreamer = self.model if through else self.model.dreamer("bf16" if self.bf16 else "fp32")
+        dreamer: Any = self.model if through else self.model.dreamer("bf16" if self.bf16 else "fp32")
         if self.bf16 and not through:  # all in bf16 as it is: casts at every layer would cost as much as the products
             start = {k: v.to(torch.bfloat16) for k, v in start.items()}
         if self.model.onehots and not through and self.device.type == "cpu":

@@ -464,7 +464,8 @@ def parse(data: dict[str, Any], source: str = "config") -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(e, data) for e in error.errors()))
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
+        lines = list(dict.fromkeys(_explain(e, data) for e in found))
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise ValueError(f"{source}: {lines[0]}{more}") from error
 

@@ -326,7 +326,8 @@ def _parse(data: dict[str, Any], source: str) -> SearchConfig:
     try:
         return SearchConfig.model_validate(data)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_explain(e) for e in error.errors()))
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")  # a typo explains what is missing
+        lines = list(dict.fromkeys(_explain(e) for e in found))
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         raise ValueError(f"{source}: {lines[0]}{more}") from error
 

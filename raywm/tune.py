@@ -34,7 +34,7 @@ from raywm.config import RunConfig
 from raywm.log import Console, RunLog, read_rows
 from raywm.loops.online import Online
 from raywm.loops.shared import FILE as SHARED
-from raywm.loops.shared import link, share
+from raywm.loops.shared import describe, link, share
 from raywm.loops.vmc import VMC
 from raywm.runtime.needs import Need
 from raywm.search import LISTS, Sampler, SearchConfig, dumps, parse_text, reports
@@ -502,6 +502,8 @@ def open_search(search: SearchConfig, out: Path, resume: bool) -> Iterator[None]
         raise ValueError(f"--out {out}: got a file, expected a directory")
     if not path.exists() and out.exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no search (no search.yaml); give another --out")
+    if not path.exists():
+        _check_start(search)
     out.mkdir(parents=True, exist_ok=True)
     with checkpoint.hold(out):
         if path.exists():
@@ -517,3 +519,12 @@ def open_search(search: SearchConfig, out: Path, resume: bool) -> Iterator[None]
         else:
             checkpoint.atomic_write_text(path, dumps(search))
         yield
+
+
+def _check_start(search: SearchConfig) -> None:
+    """Raise ValueError for what a search's file cannot say of itself: before it has a directory, where nothing but the
+    address may change."""
+    _searcher(search)
+    if search.data not in (None, "train"):
+        source = Path(search.data).expanduser().resolve()
+        describe(search.run_config(data=str(source)), source)

@@ -98,6 +98,7 @@ def test_every_shipped_search_is_sound():
 
 BAD = {
     "spce: {}": ({"spce": {}}, "unknown key 'spce'; did you mean 'space'"),
+    "spce for space": ({"spce": {}, "space": None}, "unknown key 'spce'; did you mean 'space'"),
     "no space": ({"space": None}, "space is missing"),
     "key of a run": ({"space": {"fit.lrr": {"uniform": [0, 1]}}}, r"space.fit.lrr: .*did you mean 'fit.lr'"),
     "sampler": (
@@ -354,6 +355,23 @@ def test_a_directory_is_one_searchs(tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no search"):
         with open_search(search, tmp_path, False):
             pass
+
+
+def test_a_search_that_cannot_start_leaves_no_directory(tmp_path, monkeypatch):
+    from raywm.tune import open_search
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    out = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    for changes, said in (
+        ({"data": str(tmp_path / "none")}, "data: got .*none', expected the directory of a run or a dataset"),
+        ({"data": str(tmp_path / "empty")}, "has no config.yaml and no dataset.json"),
+        ({"search": "optuna"}, "search: optuna needs optuna"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            with open_search(searched(tmp_path, **changes), out, True):
+                pass
+        assert not out.exists()  # where only the address could be mended
 
 
 def test_scores():

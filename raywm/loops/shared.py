@@ -33,7 +33,7 @@ def share(config: RunConfig, out: Path) -> None:
     """
     if config.data is None or (out / FILE).exists():
         return
-    about = _about(config, Path(config.data).expanduser())
+    about = describe(config, Path(config.data).expanduser())
     with checkpoint.clear_disk_errors(out):
         for folder in about.pop("folders"):
             link(folder, out / "episodes")
@@ -72,7 +72,8 @@ def _link(path: Path, to: Path) -> None:
     os.replace(part, to)
 
 
-def _about(config: RunConfig, source: Path) -> dict[str, Any]:
+def describe(config: RunConfig, source: Path) -> dict[str, Any]:
+    """What `share` would give a run of `config`, and the folders of its segments. Raises ValueError as `share` does."""
     if "://" in str(config.data) or not source.is_dir():
         raise ValueError(f"data: got '{config.data}', expected the directory of a run or a dataset on this machine")
     is_run = (source / "config.yaml").is_file()

@@ -499,7 +499,7 @@ def reported(out, count, seconds=300):
     """Wait until trials have reported so often in all."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        lines = [line for run in directories(out) for line in rows(run) if (run / "metrics.jsonl").is_file()]
+        lines = [line for run in directories(out) if (run / "metrics.jsonl").is_file() for line in rows(run)]
         if sum(line["kind"] == "trial" for line in lines) >= count:
             return
         time.sleep(0.1)

@@ -254,6 +254,15 @@ class RSSMConfig(Section):
     free_nats: NonNegative = Field(1.0, description="The KL below which neither side of it costs anything.")
     dyn_scale: NonNegative = Field(1.0, description="Weight of the KL that trains the prior.")
     rep_scale: NonNegative = Field(0.1, description="Weight of the KL that trains the posterior.")
+    reward_scale: NonNegative = Field(
+        1.0, description="Weight of the reward's loss; more where rewards are rare and all that says what to remember."
+    )
+    timescale: float | None = Field(
+        None,
+        ge=4,
+        description="Units of deter start out forgetting within 4 to so many steps (chrono initialisation); none: all "
+        "within 4, as in DreamerV3. For tasks that need a memory, about as long as it must last, or longer.",
+    )
 
 
 class DreamerConfig(Section):

@@ -9,6 +9,7 @@ features         [deter, stoch] -> observation, reward, continuation
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,8 +144,9 @@ class Gaussian:
 class GRU(nn.Module):
     """The recurrent cell up to DreamerV3's first version: one input layer, one GRU with a norm before its gates."""
 
-    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int):
+    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, timescale: float | None = None):
         super().__init__()
+        self.register_buffer("update_bias", update_bias(deter, timescale), persistent=False)
         self.from_action = nn.Linear(act_dim, hidden, bias=False)
         self.from_stoch = ScanLinear(stoch, hidden)
         self.norm = nn.LayerNorm(hidden)
@@ -154,7 +156,7 @@ class GRU(nn.Module):
 
     def forward(self, deter: Tensor, stoch: Tensor, acted: Tensor) -> Tensor:
         x = F.silu(self.norm(self.from_stoch(stoch) + acted))
-        return gated(deter, self.gates_norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))))
+        return gated(deter, self.gates_norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))), self.update_bias)
 
 
 class BlockGRU(nn.Module):
@@ -164,10 +166,12 @@ class BlockGRU(nn.Module):
     deter plus a dense one on the inputs, which is how it is computed here.
     """
 
-    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, blocks: int):
+    def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, blocks: int, timescale: float | None = None):
         super().__init__()
         if deter % blocks:
             raise ValueError(f"got rssm.deter={deter}, rssm.blocks={blocks}; expected blocks that divide deter")
+        bias = update_bias(deter // blocks, timescale)
+        self.register_buffer("update_bias", bias.repeat(blocks if len(bias) > 1 else 1), persistent=False)
         self.action_in = norm_mlp([act_dim, hidden], raw=True)
         self.stoch_in = nn.Sequential(ScanLinear(stoch, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.deter_in = nn.Sequential(ScanLinear(deter, hidden), nn.LayerNorm(hidden), nn.SiLU())
@@ -185,13 +189,23 @@ class BlockGRU(nn.Module):
         was = deter.to(acted.dtype)
         inputs = torch.cat([self.deter_in(was), self.stoch_in(stoch), acted], -1)
         x = F.silu(self.norm(self.dense(inputs) + self.block(was)))
-        return gated(deter, self.gates(x))
+        return gated(deter, self.gates(x), self.update_bias)
 
 
-def gated(deter: Tensor, gates: Tensor) -> Tensor:
-    """The GRU's update with a bias of -1 on its update gate: it starts by keeping."""
+def update_bias(deter: int, timescale: float | None) -> Tensor:
+    """What is added to the update gates: -1 for all (1,) (DreamerV3), or from -1 to -ln(timescale - 1) (deter,), so
+    that units start out forgetting within 4 steps to `timescale` (chrono initialisation, arXiv 1804.11188, eq. 16)."""
+    if timescale is None:
+        return torch.tensor([-1.0])
+    if timescale < 4:
+        raise ValueError(f"got rssm.timescale={timescale:g}, expected at least 4 steps, what units keep without it")
+    return torch.linspace(-1.0, -math.log(timescale - 1), deter)
+
+
+def gated(deter: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
+    """The GRU's update; a negative bias (D,) or (1,) on its update gate has it start by keeping."""
     reset, cand, update = gates.chunk(3, -1)
-    update = torch.sigmoid(update - 1)
+    update = torch.sigmoid(update + bias)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
     return torch.lerp(deter, cand.to(deter.dtype), update.to(deter.dtype))
 
@@ -204,6 +218,7 @@ class RSSM(WorldModel):
         size: one of ``SIZES``; deter ... blocks replace its widths where given.
         latent: "categorical" or "gaussian"; symlog: vectors are squashed; bins: of the two-hot reward.
         free_nats, dyn_scale, rep_scale: of the KL, whose two sides train prior and posterior (DreamerV3, eq. 5).
+        reward_scale: weight of the reward's loss; timescale: see ``update_bias``.
 
     Raises ValueError for images that do not halve well and blocks that do not divide deter.
     """
@@ -229,19 +244,24 @@ class RSSM(WorldModel):
         free_nats: float = 1.0,
         dyn_scale: float = 1.0,
         rep_scale: float = 0.1,
+        reward_scale: float = 1.0,
+        timescale: float | None = None,
     ):
         super().__init__()
         given = zip(WIDTHS, (deter, stoch, classes, units, hidden, depth, blocks))
         w = self.widths = SIZES[size] | {k: v for k, v in given if v is not None}
         self.act_dim, self.symlog = act_dim, symlog
         self.free_nats, self.dyn_scale, self.rep_scale = free_nats, dyn_scale, rep_scale
+        self.reward_scale = reward_scale
         self.latent: Any = (
             Categorical(w["stoch"], w["classes"], unimix) if latent == "categorical" else Gaussian(w["stoch"])
         )
         D, S, H, U, layers = w["deter"], self.latent.size, w["hidden"], w["units"], w["layers"]
         self.feat_dim = D + S
         self.encoder = Encoder(columns, U, layers, w["depth"], symlog)
-        self.core = GRU(D, S, act_dim, H) if w["blocks"] == 1 else BlockGRU(D, S, act_dim, H, w["blocks"])
+        self.core = (
+            GRU(D, S, act_dim, H, timescale) if w["blocks"] == 1 else BlockGRU(D, S, act_dim, H, w["blocks"], timescale)
+        )
         self.prior = norm_mlp([D, *[H] * min(layers, 2)])
         self.prior_out = nn.Linear(H, self.latent.outputs)
         self.post_deter = ScanLinear(D, H)
@@ -397,7 +417,8 @@ class RSSM(WorldModel):
         dyn = self.latent.kl({k: v.detach() for k, v in post.items()}, prior)
         rep = self.latent.kl(post, {k: v.detach() for k, v in prior.items()})
         losses = {name: value.unflatten(0, (B, T)) for name, value in self._decoded(features, batch).items()}
-        losses["reward"] = self.twohot.loss(self.reward(features), batch.reward.flatten()).unflatten(0, (B, T))
+        reward = self.twohot.loss(self.reward(features), batch.reward.flatten()).unflatten(0, (B, T))
+        losses["reward"] = self.reward_scale * reward
         going = (~batch.is_terminal).float()
         losses["cont"] = bernoulli_loss(self.cont(features).view(B, T), going)
         losses["dyn"] = self.dyn_scale * dyn.clamp(min=self.free_nats)

@@ -382,6 +382,7 @@ class RSSM(WorldModel):
         plain = is_first.device.type == "cpu" and self.widths["deter"] <= PLAIN_DETER
         told = self.post_tokens(self.encoder({k: v.flatten(0, 1) for k, v in obs.items()})).unflatten(0, (B, T))
         acted = self.core.from_action(action)
+        wide = told.dtype
         if plain:
             told, acted = told.float(), acted.float()
         keep = (~is_first).float().unsqueeze(-1)
@@ -391,7 +392,7 @@ class RSSM(WorldModel):
         autocast = torch.autocast(
             is_first.device.type, enabled=not plain and torch.is_autocast_enabled(is_first.device.type)
         )
-        with scanning(self, told.dtype), autocast:
+        with scanning(self, told.dtype, wide), autocast:
             for step in zip(*(x.unbind(1) for x in (keep, acted, told, noise))):
                 deter, stoch, out = self._observed(deter, stoch, *step)
                 deters.append(deter)

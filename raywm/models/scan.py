@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from raywm.models.heads import columns
 
+LARGE = 2**17  # weights; the few rows of a step are multiplied as fast in fp32 by fewer, without the casts
 # Of a scan under way: the weights as the steps use them, their inputs, and their output gradients, last step first.
 Tape = tuple[Tensor, list[Tensor], list[Tensor]]
 
@@ -82,7 +83,7 @@ class ScanLinear(nn.Module):
             y = torch.bmm(grouped, self.weight if torch.is_autocast_enabled(x.device.type) else self.weight.to(x.dtype))
         else:
             weight, inputs, grads = self.tape
-            y = _Product.apply(grouped.to(weight.dtype), weight, inputs, grads)
+            y = _Product.apply(grouped.to(weight.dtype), weight, inputs, grads).to(x.dtype)
         if G == 1:
             y = y.squeeze(0)
         else:
@@ -91,14 +92,16 @@ class ScanLinear(nn.Module):
 
 
 @contextlib.contextmanager
-def scanning(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the `ScanLinear`s of a module multiply in `dtype` and put off the gradients of their weights."""
+def scanning(module: nn.Module, dtype: torch.dtype, large: torch.dtype | None = None) -> Iterator[None]:
+    """Within, the `ScanLinear`s of a module multiply in `dtype` and put off the gradients of their weights. `large`:
+    the type for those of more than ``LARGE`` weights."""
     layers = [m for m in module.modules() if isinstance(m, ScanLinear)] if torch.is_grad_enabled() else []
     try:
         for layer in layers:
             inputs: list[Tensor] = []
             grads: list[Tensor] = []
-            layer.tape = _Weight.apply(layer.weight.to(dtype), inputs, grads), inputs, grads
+            own = large if large and layer.weight.numel() > LARGE else dtype
+            layer.tape = _Weight.apply(layer.weight.to(own), inputs, grads), inputs, grads
         yield
     finally:
         for layer in layers:

@@ -86,3 +86,12 @@ def test_labels_that_ray_would_refuse_are_refused_by_their_key():
     with pytest.raises(ValueError, match=r"collect\.labels"):
         configs.load("cartpole", ["collect.labels=raywm"])
     configs.diff_for_resume(configs.load("cartpole"), good)  # where a run works may change when it is resumed
+
+
+def test_a_ray_that_is_too_slow_to_start_is_told(monkeypatch):
+    def slow(**options):
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(cluster.ray, "init", slow)
+    with pytest.raises(ValueError, match="too busy"):
+        cluster._init(address="local")

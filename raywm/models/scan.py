@@ -23,7 +23,7 @@ Tape = tuple[Tensor, list[Tensor], list[Tensor]]
 
 
 class _Weight(torch.autograd.Function):
-    """The weights (G, in, out) for all steps; its backward runs after theirs."""
+    """The weights (in, out), or of blocks (G, in, out), for all steps; its backward runs after theirs."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
@@ -34,24 +34,24 @@ class _Weight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor, None, None]:  # type: ignore[override]
         x, g = torch.cat(ctx.inputs, -2), torch.cat(ctx.grads[::-1], -2)  # T x (G, B, *) -> (G, T*B, *)
         ctx.grads.clear()  # of this pass; the inputs stay for another one over a retained graph
-        return torch.bmm(x.transpose(1, 2), g), None, None
+        return torch.matmul(x.mT, g), None, None
 
 
 class _Product(torch.autograd.Function):
-    """(G, B, in) @ (G, in, out), with nothing for the weights yet."""
+    """(B, in) @ (in, out), or both by blocks (G, ...), with nothing for the weights yet."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, inputs: list[Tensor], grads: list[Tensor]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.grads = grads
         inputs.append(x.detach())
-        return torch.bmm(x, weight)
+        return torch.matmul(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         ctx.grads.append(grad)
-        return torch.bmm(grad, weight.transpose(1, 2)), None, None, None
+        return torch.matmul(grad, weight.mT), None, None, None
 
 
 class ScanLinear(nn.Module):
@@ -74,19 +74,22 @@ class ScanLinear(nn.Module):
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
         self.tape: Tape | None = None
 
+    def _used(self) -> Tensor:
+        """The weights as they multiply: of one block, a matrix."""
+        return self.weight[0] if self.blocks == 1 else self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         G = self.blocks
         if not x.is_floating_point():
             return F.embedding_bag(columns(x, self.weight.shape[1]), self.weight[0], mode="sum")
-        grouped = x.unsqueeze(0) if G == 1 else x.unflatten(-1, (G, -1)).transpose(0, 1)  # (B, in) -> (G, B, in/G)
+        grouped = x if G == 1 else x.unflatten(-1, (G, -1)).transpose(0, 1)  # (B, in) -> (G, B, in/G)
         if self.tape is None:
-            y = torch.bmm(grouped, self.weight if torch.is_autocast_enabled(x.device.type) else self.weight.to(x.dtype))
+            weight = self._used()
+            y = torch.matmul(grouped, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
         else:
             weight, inputs, grads = self.tape
             y = _Product.apply(grouped.to(weight.dtype), weight, inputs, grads).to(x.dtype)
-        if G == 1:
-            y = y.squeeze(0)
-        else:
+        if G > 1:
             y = y.unflatten(-1, (self.parts, -1)).permute(1, 2, 0, 3).flatten(1)  # (G, B, P*o) -> (B, P*G*o)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -101,7 +104,7 @@ def scanning(module: nn.Module, dtype: torch.dtype, large: torch.dtype | None = 
             inputs: list[Tensor] = []
             grads: list[Tensor] = []
             own = large if large and layer.weight.numel() > LARGE else dtype
-            layer.tape = _Weight.apply(layer.weight.to(own), inputs, grads), inputs, grads
+            layer.tape = _Weight.apply(layer._used().to(own), inputs, grads), inputs, grads
         yield
     finally:
         for layer in layers:

@@ -180,6 +180,13 @@ def _init(**options: Any) -> None:
     own = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:
+        if type(error) is not Exception or "timed out during startup" not in str(error):
+            raise
+        raise ValueError(
+            "Ray did not start within its 30 seconds: this machine is too busy, or its disk or memory is full. Try "
+            "again when it is free, or run without Ray (--in-process)"
+        ) from error
     finally:
         if callable(own) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, own)

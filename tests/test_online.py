@@ -261,6 +261,29 @@ def test_a_resume_neither_loses_nor_doubles(tmp_path, how):
     assert len({row["number"] for row in episodes}) == len(episodes) == summary["episodes"]
 
 
+def test_what_was_collected_before_the_first_checkpoint_counts(tmp_path):
+    config = config_of(online={"checkpoint_s": 3600})
+
+    def watch(loop):
+        plain, at = loop._hear_advance, loop.state["real_env_steps"] + 450
+
+        def hear(answer):
+            plain(answer)
+            if loop.collected > at:
+                raise Killed
+
+        loop._hear_advance = hear
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run(config, tmp_path, watch=watch)
+    assert not (tmp_path / "checkpoints").exists() and stored(tmp_path)[0] > 450
+    _, summary = run(config, tmp_path)
+    assert 2996 <= summary["real_env_steps"] == stored(tmp_path)[0] <= 3000
+    assert 0.98 * RATIO <= summary["train_ratio"] <= RATIO
+    assert summary["episodes"] == len({row["number"] for row in rows_of(tmp_path, "episode")})
+
+
 def test_what_does_not_go_together_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"dreamer.learners: got 3, expected a divisor of dreamer.batch=4"):
         CountingParts(config_of(dreamer={"batch": 4, "learners": 3}))

@@ -10,11 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from test_dreamer import make
 from test_online import Rows
+from test_presets import skip_without
+from typer.testing import CliRunner
 
+from raywm import config as configs
+from raywm.cli import app
 from raywm.data.store import EpisodeStore
 from raywm.learners.memory import keep_memory
 
@@ -50,6 +55,70 @@ def test_a_run_that_is_killed_five_times_still_learns(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["real_return_mean"] >= 400, summary
     assert summary["train_ratio"] == pytest.approx(summary["set_train_ratio"], rel=0.02)
+    store = EpisodeStore(out / "episodes", read_only=True)
+    assert not store.verify()["damaged"]
+    store.watch(pieces := Rows())
+    store.close()
+    assert summary["real_env_steps"] == sum(pieces.rows.values()) - len(pieces.rows), "a step is lost or doubled"
+
+
+@pytest.mark.parametrize("preset", [name for name in configs.presets() if name.startswith("dreamer-")])
+def test_presets_train_on_their_real_environments(preset, tmp_path):
+    """Collect, learn, try and evaluate with everything as the preset has it but for sizes: those of a laptop."""
+    config = configs.load(preset)
+    skip_without(config.env.id)
+    small = {
+        "rssm.size": "nano",
+        "dreamer.num_gpus": 0,
+        "dreamer.batch": 4,
+        "dreamer.sequence": 16,
+        "collect.workers": 1,
+        "collect.envs": 2,
+        "env.time_limit": 30,
+        "online.steps": 240,
+        "online.prefill": 64,
+        "online.train_ratio": 8,
+        "online.evaluate_every": 100,
+        "online.evaluate_episodes": 2,
+        "target.real_return": 1e9,  # no lucky end
+        "target.episodes": 2,
+        "evaluate.episodes": 2,
+        "log.tensorboard": "false",
+    }
+    command = ["train", preset, *(f"{k}={v}" for k, v in small.items()), "--in-process", "--out", str(tmp_path / "run")]
+    told = CliRunner().invoke(app, command)
+    assert told.exit_code == 0, told.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 238 < summary["real_env_steps"] <= 240  # 2 environments step together
+    assert summary["updates"] >= 10 and np.isfinite(summary["real_return_mean"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["model_loss"] for line in lines if "model_loss" in line]
+    assert losses and np.isfinite(losses).all()
+
+
+def test_a_run_goes_on_with_other_numbers_of_learners_and_collectors(tmp_path):
+    """On Ray: killed with one learner and two collectors, resumed with two and one, then with one and three."""
+    out, reached = tmp_path / "run", 0
+    command = [sys.executable, "-m", "raywm.cli", "train", "dreamer-cartpole", "online.checkpoint_s=5", "seed=3"]
+    command += ["online.train_ratio=32", "evaluate.episodes=5", "dreamer.threads=1", "--out", str(out), "--resume"]
+    for learners, collectors, steps in ((1, 2, 1300), (2, 1, 1900), (1, 3, None)):
+        given = [f"dreamer.learners={learners}", f"collect.workers={collectors}"]
+        if steps is None:
+            subprocess.run([*command, *given, "online.steps=2500"], check=True, stdout=subprocess.DEVNULL)
+            break
+        process = subprocess.Popen([*command, *given], start_new_session=True, stdout=subprocess.DEVNULL)
+        until = time.monotonic() + 900
+        while steps_of(out) < steps and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.5)
+        assert process.poll() is None, "it ended by itself"
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        psutil.wait_procs(children, timeout=60)
+        reached = max(reached, steps)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["real_env_steps"] >= 2500 > reached
+    assert summary["train_ratio"] == pytest.approx(32, rel=0.1)
     store = EpisodeStore(out / "episodes", read_only=True)
     assert not store.verify()["damaged"]
     store.watch(pieces := Rows())

@@ -16,12 +16,16 @@ NEEDS = {  # by the beginning of an id: the module, and the extra that brings it
 }
 
 
+def skip_without(env_id):
+    for begins, (module, extra) in NEEDS.items():
+        if env_id.startswith(begins):
+            pytest.importorskip(module, reason=f"needs raywm[{extra}]")
+
+
 @pytest.mark.parametrize("preset", configs.presets())
 def test_preset_environments_are_made_and_played(preset):
     config = configs.load(preset)
-    for begins, (module, extra) in NEEDS.items():
-        if config.env.id.startswith(begins):
-            pytest.importorskip(module, reason=f"needs raywm[{extra}]")
+    skip_without(config.env.id)
     try:
         env = make_env(config.env)
     except ValueError as error:

@@ -418,8 +418,8 @@ class Online:
     def restore(self) -> dict[str, Any] | None:
         """Go back to the last checkpoint, if there is one, and start everybody; a finished run's summary.
 
-        The learner goes back to the checkpoint, the replay does not: what was collected after it counts as collected,
-        and its updates are due again. So no step is lost or counted twice, and the train ratio holds over the whole.
+        The learner goes back to the checkpoint, or to its beginning, the replay does not: what was collected after it
+        counts as collected, and its updates are due again. So no step is lost or counted twice, and the train ratio holds over the whole.
         """
         checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         saved = None
@@ -435,7 +435,10 @@ class Online:
         self.state["starts"] = self._start_number()  # no number of an episode is given twice, whatever became of it
         replay = self.executor.start(None if saved is None else saved.state["marks"])
         self.governor.warmup = self.warmup(len(self.executor.marks))
-        if saved is None:
+        if saved is None:  # what a start collected that ended before its first checkpoint counts too
+            if found := sum(mark["steps"] for mark in self.executor.marks):
+                self.governor.collected(found)
+                self.log.say(f"resumed at step {found}, from before the first checkpoint: update 0")
             self._keep_log(0)
         else:
             later = replay.aside_steps
@@ -474,9 +477,11 @@ class Online:
         """Drop what was logged after a checkpoint, but for the episodes: those were played."""
         later = self.log.read()[rows:]
         self.log.truncate(rows)
-        for row in later if rows else []:
+        for row in later if self.collected else []:
             if row["kind"] == "episode":
                 self.state["episodes"] += 1
+                if row["version"] < 0:
+                    self.state["random"].append(row["return"])
                 self.log.write(row.pop("kind"), **row)
 
     @contextlib.contextmanager

@@ -22,8 +22,19 @@ from raywm.learners.dreamer_agent import DreamerAgent
 from raywm.learners.optim import Optimiser
 from raywm.loops.parts import dreamer_specification
 from raywm.models.codecs import stages
-from raywm.models.heads import StraightThrough, TwoHot, categorical_kl, draw, gaussian_kl, mixed_probs, symexp, symlog
-from raywm.models.rssm import RSSM, SIZES
+from raywm.models.heads import (
+    Picked,
+    StraightThrough,
+    TwoHot,
+    categorical_kl,
+    columns,
+    draw,
+    gaussian_kl,
+    mixed_probs,
+    symexp,
+    symlog,
+)
+from raywm.models.rssm import RSSM, SIZES, gated
 from raywm.models.scan import ScanLinear, scanning
 from raywm.spaces import ActionCodec
 
@@ -207,6 +218,20 @@ def test_compact_features_are_features():
         assert all(torch.allclose(a, b, rtol=close, atol=10 * close) for a, b in zip(*grads))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_picked_columns_have_the_gradient_of_the_product(dtype, monkeypatch):
+    places = columns(torch.randint(1, 4, (50, 3)), 12)  # nobody picks the first of each four
+    up = torch.randn(50, 8).to(dtype)
+    grads = []
+    for least in (0, 10**9):
+        monkeypatch.setattr(Picked, "SORTED", least)
+        weight = torch.ones(8, 12, dtype=dtype, requires_grad=True)
+        Picked.apply(places, weight).backward(up.t().contiguous().t())
+        grads.append(weight.grad)
+    assert torch.equal(grads[0][:, ::4], torch.zeros(8, 3, dtype=dtype)) and grads[0].abs().sum() > 0
+    assert torch.allclose(*grads, rtol=0.02, atol=1e-5 if dtype == torch.float32 else 0.1)
+
+
 def test_straight_through_has_the_gradients_of_the_probabilities():
     logits = torch.randn(3, 2, 5, requires_grad=True)
     uniform, up = torch.rand(3, 2), torch.randn(3, 2, 5)
@@ -236,6 +261,30 @@ def test_scan_makes_the_gradients_of_plain_autograd(blocks):
 
 
 # ------------------------------------------------------------------------------------------------ the model
+
+
+def test_update_gates_forget_within_the_timescale():
+    flat = torch.zeros(8, 64 * 3)
+    for blocks in (1, 4):
+        learner, _ = make(rssm__deter=64, rssm__blocks=blocks, rssm__timescale=65)
+        bias = learner.model.core.update_bias.view(blocks, -1)
+        assert torch.allclose(bias[:, 0], torch.tensor(-1.0)) and torch.allclose(bias[:, -1], -torch.tensor(64.0).log())
+        kept = gated(torch.ones(8, 64), flat, learner.model.core.update_bias)  # without inputs
+        assert kept.min() == pytest.approx(1 - 1 / (1 + np.e), abs=1e-5)
+        assert kept.max() == pytest.approx(1 - 1 / 65, abs=1e-5)
+    plain, _ = make(rssm__deter=64)
+    assert plain.model.core.update_bias.tolist() == [-1.0]
+    with pytest.raises(ValueError, match="timescale"):
+        make(rssm__timescale=3)
+
+
+def test_the_rewards_loss_has_its_weight():
+    losses = {}
+    for scale in (1, 5):
+        learner, batch = make(rssm__reward_scale=scale)
+        losses[scale] = {name: float(value) for name, value in learner.update(batch).items()}
+    assert losses[5]["reward_loss"] == pytest.approx(5 * losses[1]["reward_loss"], rel=1e-5)
+    assert losses[5]["model_loss"] - losses[1]["model_loss"] == pytest.approx(4 * losses[1]["reward_loss"], rel=1e-3)
 
 
 def test_posterior_folded_over_an_episode_gives_the_states_of_the_loss():

@@ -419,7 +419,8 @@ class Online:
         """Go back to the last checkpoint, if there is one, and start everybody; a finished run's summary.
 
         The learner goes back to the checkpoint, or to its beginning, the replay does not: what was collected after it
-        counts as collected, and its updates are due again. So no step is lost or counted twice, and the train ratio holds over the whole.
+        counts as collected, and its updates are due again. So no step is lost or counted twice, and the train ratio
+        holds over the whole.
         """
         checkpoint.atomic_write_json(self.out / "spaces.json", self.parts.spaces())
         saved = None

@@ -257,11 +257,10 @@ class RSSMConfig(Section):
     reward_scale: NonNegative = Field(
         1.0, description="Weight of the reward's loss; more where rewards are rare and all that says what to remember."
     )
-    timescale: float | None = Field(
+    timescale: Annotated[Positive, Field(ge=4)] | None = Field(
         None,
-        ge=4,
-        description="Units of deter start out forgetting within 4 to so many steps (chrono initialisation); none: all "
-        "within 4, as in DreamerV3. For tasks that need a memory, about as long as it must last, or longer.",
+        description="Units of deter start out forgetting within 4 to so many steps, after chrono initialisation; none: "
+        "all within 4, as in DreamerV3. For tasks that need a memory, about as long as it must last, or longer.",
     )
 
 

@@ -242,8 +242,9 @@ def test_straight_through_has_the_gradients_of_the_probabilities():
     assert torch.allclose(got, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-def test_scan_makes_the_gradients_of_plain_autograd(blocks):
+@pytest.mark.parametrize(("blocks", "large"), [(1, None), (3, None), (1, torch.bfloat16), (3, torch.bfloat16)])
+def test_scan_makes_the_gradients_of_plain_autograd(blocks, large, monkeypatch):
+    monkeypatch.setattr("raywm.models.scan.LARGE", 0)
     layer = ScanLinear(6, 6, blocks, bias=True)
     steps = torch.randn(5, 4, 6)
 
@@ -254,10 +255,13 @@ def test_scan_makes_the_gradients_of_plain_autograd(blocks):
         return state.square().sum()
 
     expected = torch.autograd.grad(run(), list(layer.parameters()))
-    with scanning(layer, torch.float32):
+    with scanning(layer, torch.float32, large):
+        assert layer(steps[0]).dtype == torch.float32
+    with scanning(layer, torch.float32, large):
         loss = run()
     for got, wanted in zip(torch.autograd.grad(loss, list(layer.parameters())), expected):
-        assert torch.allclose(got, wanted, atol=1e-6)
+        assert torch.allclose(got, wanted, atol=0.1 if large else 1e-6, rtol=0.05)
+        assert not large or not torch.allclose(got, wanted, atol=1e-6, rtol=1e-6)  # it did multiply in bf16
 
 
 # ------------------------------------------------------------------------------------------------ the model

@@ -265,7 +265,7 @@ def test_what_was_collected_before_the_first_checkpoint_counts(tmp_path):
     config = config_of(online={"checkpoint_s": 3600})
 
     def watch(loop):
-        plain, at = loop._hear_advance, loop.state["real_env_steps"] + 450
+        plain, at = loop._hear_advance, stored(tmp_path)[0] + 450
 
         def hear(answer):
             plain(answer)
@@ -277,8 +277,13 @@ def test_what_was_collected_before_the_first_checkpoint_counts(tmp_path):
     for _ in range(2):
         with pytest.raises(Killed):
             run(config, tmp_path, watch=watch)
-    assert not (tmp_path / "checkpoints").exists() and stored(tmp_path)[0] > 450
+    assert not (tmp_path / "checkpoints").exists() and stored(tmp_path)[0] > 900
+    before = rows_of(tmp_path, "episode")
     _, summary = run(config, tmp_path)
+    after = rows_of(tmp_path, "episode")
+    assert after[: len(before)] == before and before[0]["version"] < 0 <= after[-1]["version"]
+    assert summary["random_return_mean"] == np.mean([row["return"] for row in after if row["version"] < 0])
+    assert summary["wall_seconds"] >= before[-1]["wall_seconds"] > 0
     assert 2996 <= summary["real_env_steps"] == stored(tmp_path)[0] <= 3000
     assert 0.98 * RATIO <= summary["train_ratio"] <= RATIO
     assert summary["episodes"] == len({row["number"] for row in rows_of(tmp_path, "episode")})

@@ -283,7 +283,8 @@ class Online:
             state["episodes"] += 1
             if seat.version < 0:
                 state["random"].append(ret)
-            self._tell("episode", **{"number": number, "return": ret, "length": steps, "version": version})
+            played_by = KEEP if seat.version < 0 else version  # the first policy, which is not version 0 of the actor
+            self._tell("episode", **{"number": number, "return": ret, "length": steps, "version": played_by})
 
     def _hear_play(self, answer: Answer) -> None:
         played, state = answer.report["episodes"], self.state
@@ -435,7 +436,8 @@ class Online:
             self.state["stopped"] = None
         self.state["starts"] = self._start_number()  # no number of an episode is given twice, whatever became of it
         replay = self.executor.start(None if saved is None else saved.state["marks"])
-        self.governor.warmup = self.warmup(len(self.executor.marks))
+        warmup = self.warmup(len(self.executor.marks))
+        self.governor = TrainRatio(self.config.online.train_ratio, 0, warmup, self.log.say)
         if saved is None:  # what a start collected that ended before its first checkpoint counts too
             if found := sum(mark["steps"] for mark in self.executor.marks):
                 self.governor.collected(found)
@@ -475,10 +477,11 @@ class Online:
         return number
 
     def _keep_log(self, rows: int) -> None:
-        """Drop what was logged after a checkpoint, but for the episodes: those were played."""
-        later = self.log.read()[rows:]
+        """Drop what was logged after a checkpoint, but for the episodes: those were played, and took their time."""
+        later = self.log.read()[rows:] if self.collected else []
         self.log.truncate(rows)
-        for row in later if self.collected else []:
+        self.state["wall_seconds"] = max([self.state["wall_seconds"], *(row["wall_seconds"] for row in later)])
+        for row in later:
             if row["kind"] == "episode":
                 self.state["episodes"] += 1
                 if row["version"] < 0:

@@ -193,11 +193,14 @@ class BlockGRU(nn.Module):
 
 
 def update_bias(deter: int, timescale: float | None) -> Tensor:
-    """What is added to the update gates: -1 for all (1,) (DreamerV3), or from -1 to -ln(timescale - 1) (deter,), so
-    that units start out forgetting within 4 steps to `timescale` (chrono initialisation, arXiv 1804.11188, eq. 16)."""
+    """What is added to the update gates: -1 for all (1,) (DreamerV3), or evenly from -1 to -ln(timescale - 1) (deter,),
+    so that units start out forgetting within 4 steps to `timescale`.
+
+    After chrono initialisation (arXiv 1804.11188, section 3), which draws timescales evenly and not their logarithms.
+    """
     if timescale is None:
         return torch.tensor([-1.0])
-    if timescale < 4:
+    if not 4 <= timescale < math.inf:
         raise ValueError(f"got rssm.timescale={timescale:g}, expected at least 4 steps, what units keep without it")
     return torch.linspace(-1.0, -math.log(timescale - 1), deter)
 
@@ -220,7 +223,7 @@ class RSSM(WorldModel):
         free_nats, dyn_scale, rep_scale: of the KL, whose two sides train prior and posterior (DreamerV3, eq. 5).
         reward_scale: weight of the reward's loss; timescale: see ``update_bias``.
 
-    Raises ValueError for images that do not halve well and blocks that do not divide deter.
+    Raises ValueError for images that do not halve well, blocks that do not divide deter, a timescale below 4.
     """
 
     phases = ("model",)

@@ -76,19 +76,22 @@ class ScanLinear(nn.Module):
 
     def _used(self) -> Tensor:
         """The weights as they multiply: of one block, a matrix."""
-        return self.weight[0] if self.blocks == 1 else self.weight
+        return self.weight.squeeze(0) if self.blocks == 1 else self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        G = self.blocks
+        G, casts = self.blocks, torch.is_autocast_enabled(x.device.type)
         if not x.is_floating_point():
             return F.embedding_bag(columns(x, self.weight.shape[1]), self.weight[0], mode="sum")
         grouped = x if G == 1 else x.unflatten(-1, (G, -1)).transpose(0, 1)  # (B, in) -> (G, B, in/G)
         if self.tape is None:
-            weight = self._used()
-            y = torch.matmul(grouped, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype))
+            # autocast's cache knows parameters, not views of them
+            y = torch.matmul(grouped, self.weight if casts else self._used().to(x.dtype))
+            if casts and G == 1:
+                y = y.squeeze(0)
         else:
             weight, inputs, grads = self.tape
-            y = _Product.apply(grouped.to(weight.dtype), weight, inputs, grads).to(x.dtype)
+            y = _Product.apply(grouped.to(weight.dtype), weight, inputs, grads)
+            y = y if casts else y.to(x.dtype)
         if G > 1:
             y = y.unflatten(-1, (self.parts, -1)).permute(1, 2, 0, 3).flatten(1)  # (G, B, P*o) -> (B, P*G*o)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -97,7 +100,7 @@ class ScanLinear(nn.Module):
 @contextlib.contextmanager
 def scanning(module: nn.Module, dtype: torch.dtype, large: torch.dtype | None = None) -> Iterator[None]:
     """Within, the `ScanLinear`s of a module multiply in `dtype` and put off the gradients of their weights. `large`:
-    the type for those of more than ``LARGE`` weights."""
+    the type for those of more than ``LARGE`` weights. Without gradients it does nothing."""
     layers = [m for m in module.modules() if isinstance(m, ScanLinear)] if torch.is_grad_enabled() else []
     try:
         for layer in layers:

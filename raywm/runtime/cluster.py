@@ -185,7 +185,7 @@ def _init(**options: Any) -> None:
             raise
         raise ValueError(
             "Ray did not start within its 30 seconds: this machine is too busy, or its disk or memory is full. Try "
-            "again when it is free, or run without Ray (--in-process)"
+            "again when it is free"
         ) from error
     finally:
         if callable(own) and threading.current_thread() is threading.main_thread():

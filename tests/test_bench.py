@@ -236,7 +236,7 @@ def test_products_are_counted_by_their_shapes():
 
 def test_dreamer_is_no_smaller_than_rllibs():
     for what, theirs in (("vector", 3_157_509), ("image", 8_260_388)):  # as test_dreamer_against_rllib counts them
-        learner, _ = dreamer.made(what, dreamer.LIKE_XS, (1, 2))
+        learner, _ = dreamer.made(what, dreamer.LIKE_XS[what], (1, 2))
         assert theirs <= dreamer.parameters(learner) < 1.02 * theirs
 
 

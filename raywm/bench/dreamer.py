@@ -50,7 +50,7 @@ RLLIB, SQUARE = "RLlib XS", 2048
 WIDTHS = ["rssm.deter=256", "rssm.units=256", "rssm.stoch=32", "rssm.classes=32", "rssm.blocks=1"]
 LIKE_XS = {
     "vector": [*WIDTHS, "rssm.hidden=256", "dreamer.actor_layers=1"],
-    "image": [*WIDTHS, "rssm.hidden=512", "rssm.depth=24", "dreamer.actor_layers=1"],
+    "image": [*WIDTHS, "rssm.hidden=496", "rssm.depth=24", "dreamer.actor_layers=1"],
 }
 SIZE_1M = ["rssm.size=1M", "dreamer.actor_layers=3"]
 TARGETS = {"vector": {"raywm fp32": 2.5, "raywm bf16": 4.0}, "image": {"raywm fp32": 4.0, "raywm bf16": 6.0}}

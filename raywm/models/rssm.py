@@ -144,6 +144,8 @@ class Gaussian:
 class GRU(nn.Module):
     """The recurrent cell up to DreamerV3's first version: one input layer, one GRU with a norm before its gates."""
 
+    update_bias: Tensor
+
     def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, timescale: float | None = None):
         super().__init__()
         self.register_buffer("update_bias", update_bias(deter, timescale), persistent=False)
@@ -165,6 +167,8 @@ class BlockGRU(nn.Module):
     Its first layer applies one block to [deter of the block, inputs]: the same numbers as a block-diagonal matrix on
     deter plus a dense one on the inputs, which is how it is computed here.
     """
+
+    update_bias: Tensor
 
     def __init__(self, deter: int, stoch: int, act_dim: int, hidden: int, blocks: int, timescale: float | None = None):
         super().__init__()

@@ -36,21 +36,27 @@ def steps_of(out: Path) -> int:
     return max((json.loads(line).get("real_env_steps", 0) for line in whole[-50:]), default=0)
 
 
+def kill_after(steps: int, command: list[str], out: Path) -> None:
+    """Start the run, and kill its driver when it has logged so many real steps."""
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 900
+    while steps_of(out) < steps and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.5)
+    assert process.poll() is None, "it ended by itself"
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(children, timeout=60)
+    assert steps_of(out) >= steps, "it did not get that far"
+
+
 def test_a_run_that_is_killed_five_times_still_learns(tmp_path):
     """kill -9 of the driver on Ray, five times in the part where CartPole is learned; no replay lost or doubled."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "raywm.cli", "train", "dreamer-cartpole", "seed=100", "online.checkpoint_s=15"]
     command += ["evaluate.episodes=20", "--out", str(out), "--resume"]
     for kill in range(KILLS):
-        process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
-        goal, until = 600 + 500 * kill, time.monotonic() + 900
-        while steps_of(out) < goal and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.5)
-        assert process.poll() is None, "it ended by itself"
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        psutil.wait_procs(children, timeout=60)
+        kill_after(600 + 500 * kill, command, out)
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["real_return_mean"] >= 400, summary
@@ -98,25 +104,14 @@ def test_presets_train_on_their_real_environments(preset, tmp_path):
 
 def test_a_run_goes_on_with_other_numbers_of_learners_and_collectors(tmp_path):
     """On Ray: killed with one learner and two collectors, resumed with two and one, then with one and three."""
-    out, reached = tmp_path / "run", 0.0
+    out, reached = tmp_path / "run", 0
     command = [sys.executable, "-m", "raywm.cli", "train", "dreamer-cartpole", "online.checkpoint_s=5", "seed=3"]
     command += ["online.train_ratio=32", "evaluate.episodes=5", "dreamer.threads=1", "--out", str(out), "--resume"]
-    for learners, collectors, steps in ((1, 2, 1300), (2, 1, 1900), (1, 3, None)):
-        given = [f"dreamer.learners={learners}", f"collect.workers={collectors}"]
-        if steps is None:
-            subprocess.run([*command, *given, "online.steps=2500"], check=True, stdout=subprocess.DEVNULL)
-            break
-        process = subprocess.Popen([*command, *given], start_new_session=True, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 900
-        while steps_of(out) < steps and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.5)
-        assert process.poll() is None, "it ended by itself"
-        children = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        psutil.wait_procs(children, timeout=60)
+    for learners, collectors, steps in ((1, 2, 1300), (2, 1, 1900)):
+        kill_after(steps, [*command, f"dreamer.learners={learners}", f"collect.workers={collectors}"], out)
         assert steps_of(out) > reached, "it went back"
         reached = steps_of(out)
+    subprocess.run([*command, "collect.workers=3", "online.steps=2500"], check=True, stdout=subprocess.DEVNULL)
     summary = json.loads((out / "summary.json").read_text())
     assert reached < summary["real_env_steps"] and 2492 < summary["real_env_steps"] <= 2500  # 8 step together
     assert summary["train_ratio"] == pytest.approx(32, rel=0.1)

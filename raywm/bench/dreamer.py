@@ -46,7 +46,7 @@ SPACES = {
 }
 RLLIB, SQUARE = "RLlib XS", 2048
 # RLlib XS is 256 wide everywhere, with a GRU and one hidden layer: on vectors the same number of parameters exactly.
-# On images, with its convolutions (24 to 192 channels), they have fewer, for which a wider hidden layer of the dynamics makes up.
+# On images, with its convolutions (24 to 192 channels), raywm has fewer, for which a wider hidden layer makes up.
 WIDTHS = ["rssm.deter=256", "rssm.units=256", "rssm.stoch=32", "rssm.classes=32", "rssm.blocks=1"]
 LIKE_XS = {
     "vector": [*WIDTHS, "rssm.hidden=256", "dreamer.actor_layers=1"],

@@ -88,6 +88,7 @@ def test_what_an_environment_costs_decides_how_many_are_played_at_once():
     assert not collect.is_plain(EnvConfig(id="CartPole-v1", action_repeat=2))
 
 
+@pytest.mark.slow
 def test_collect(ray_session, tmp_path, capsys):
     out = tmp_path / "c.json"
     collect.main(["CartPole-v1", "Missing-v0"], seconds=0.3, turns=2, out=out)
@@ -135,6 +136,7 @@ def test_replay(ray_session, capsys):
     assert json.dumps(result)
 
 
+@pytest.mark.slow
 @linux
 def test_replay_memory(tmp_path, capsys):
     memory.main(8, 300_000, seconds=0.1, turns=1, out=tmp_path / "m.json")
@@ -160,6 +162,7 @@ def test_dropped_pages_are_gone_and_come_back(tmp_path):
         assert np.array_equal(image, next(replay.episodes(1)).obs["image"])
 
 
+@pytest.mark.slow
 def test_scale(ray_session, tmp_path, capsys):
     out = tmp_path / "s.json"
     scale.main([1, 2], seconds=2.5, turns=1, out=out)

@@ -111,9 +111,9 @@ def alone(example: Path, *blocked: str) -> str:
     ("name", "format"),
     [
         ("vmc", "onnx"),
-        ("vmc-images", "torch-export"),
+        ("vmc", "torch-export"),
         ("dreamer", "onnx"),
-        pytest.param("vmc", "torch-export", marks=pytest.mark.slow),
+        pytest.param("vmc-images", "torch-export", marks=pytest.mark.slow),
         pytest.param("vmc-images", "onnx", marks=pytest.mark.slow),
         pytest.param("dreamer", "torch-export", marks=pytest.mark.slow),
         pytest.param("dreamer-actions", "onnx", marks=pytest.mark.slow),

@@ -303,6 +303,11 @@ def test_duckdb_opens_it_with_one_line(dataset, tmp_path):
     assert json.loads(meta)["shapes"][name] == list(expected.shape)
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    ["cartpole", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(ENVS) - {"cartpole"}))],
+    indirect=True,
+)
 def test_ray_data_opens_it_with_one_line(dataset, tmp_path, ray_session, monkeypatch):
     import ray
 
@@ -320,6 +325,7 @@ def test_ray_data_opens_it_with_one_line(dataset, tmp_path, ray_session, monkeyp
             assert batch[name][at].tobytes() == column.tobytes()
 
 
+@pytest.mark.slow
 def test_the_lines_in_the_readme_run_as_they_stand(counting, tmp_path):
     pytest.importorskip("duckdb")
     text = (Path(__file__).parent.parent / "README.md").read_text()
@@ -360,7 +366,7 @@ def test_rllib_transitions(dataset, tmp_path):
         assert truncated[-1] == (not episode.is_terminal[-1]) and not truncated[:-1].any()
 
 
-@pytest.mark.parametrize("which", ["cartpole", "pendulum"])
+@pytest.mark.parametrize("which", ["cartpole", pytest.param("pendulum", marks=pytest.mark.slow)])
 def test_rllib_reads_them(which, tmp_path, ray_session):
     from ray.rllib.algorithms.bc import BCConfig
     from ray.rllib.offline.offline_data import OfflineData
@@ -389,6 +395,7 @@ def test_rllib_reads_them(which, tmp_path, ray_session):
         env.close()
 
 
+@pytest.mark.slow
 def test_rllib_learns_from_them(tmp_path, ray_session):
     from ray.rllib.algorithms.bc import BCConfig
 

@@ -521,6 +521,7 @@ def predict_bifurcation(episodes, steps):
     return float(nll), entropy, weights
 
 
+@pytest.mark.slow
 def test_a_bifurcation_has_two_branches():
     """The quick version; the slow suite's comes within 0.05 nats."""
     nll, entropy, weights = predict_bifurcation(episodes=1500, steps=500)

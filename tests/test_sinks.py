@@ -262,6 +262,7 @@ def test_a_resumed_run_counts_only_what_is_new(tmp_path, monkeypatch):
     assert told == [("raywm_real_steps", 10), ("raywm_updates", 1)]
 
 
+@pytest.mark.slow
 def test_the_command_line_counts_in_ray(tmp_path, monkeypatch, ray_session):
     from raywm.runtime import metrics
 

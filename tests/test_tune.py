@@ -289,7 +289,7 @@ def smoke_search(name, tmp_path, *overrides):
     return search, trials
 
 
-@pytest.mark.parametrize("name", ["vmc_cartpole_asha", "dreamer_pbt"])
+@pytest.mark.parametrize("name", ["vmc_cartpole_asha", pytest.param("dreamer_pbt", marks=pytest.mark.slow)])
 def test_smoke_in_process(name, tmp_path, ray_session):
     search, trials = smoke_search(name, tmp_path, "resources.in_process=true")
     if search.data is not None:
@@ -309,6 +309,7 @@ def test_smoke(name, tmp_path, ray_session):
     smoke_search(name, tmp_path, *([] if name in inside else ["resources.in_process=false"]))
 
 
+@pytest.mark.slow
 def test_actors_are_scheduled_inside_the_trials_group(tmp_path, all_cpus):
     # its group takes all 8 CPUs there are: an actor outside of it would wait for ever
     overrides = {**SMALL["overrides"], "iterations": 1, "dream": {**SMALL["overrides"]["dream"], "threads": 6}}

@@ -366,7 +366,7 @@ def tune_command(
         bool, typer.Option("--resume", help="Continue the search in --out; start if there is none.")
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="The file's small form: seconds, and worthless results.")
+        bool, typer.Option("--smoke", help="The file's small form: a minute or so, and worthless results.")
     ] = False,
     address: AddressOption = None,
 ) -> None:

@@ -16,6 +16,7 @@ from raywm.agent import Agent
 from raywm.data.batch import Batch, blank
 from raywm.data.episode import Episode
 from raywm.data.replay import Replay
+from raywm.envs.classic import MemoryEnv
 from raywm.learners.actor import Actor
 from raywm.learners.dreamer import DreamerLearner, Percentiles, lambda_return, rows, split
 from raywm.learners.dreamer_agent import DreamerAgent
@@ -706,6 +707,56 @@ def test_gaussian_rssm_approaches_the_kalman_filter():
     got, best, naive = (np.mean((p - truth) ** 2) for p in (predicted, kalman(y, action)[:, 5:], y[:, 4:-1]))
     assert best < 0.75 * naive
     assert got < 1.1 * best, (got, best, naive)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_cue_is_remembered_through_noise():
+    """The memory preset's model, fitted to 500 episodes of random play, tells the reward of the others' choices."""
+    config = configs.load("dreamer-memory")
+    env = MemoryEnv(**config.env.kwargs)
+    T = env.steps + 2
+
+    def played(count, seed):
+        rng, codec = np.random.default_rng(seed), ActionCodec(env.action_space)
+        out = blank(count, T, {"vector": (env.observation_space.shape, torch.float32)}, codec.dim)
+        out.mask.fill_(True)
+        for flag in (out.is_first, out.is_last, out.is_terminal, out.action, out.reward):
+            flag.zero_()
+        out.is_first[:, 0] = True
+        out.is_last[:, -1] = out.is_terminal[:, -1] = True
+        for n in range(count):
+            out.obs["vector"][n, 0] = torch.from_numpy(env.reset(seed=int(rng.integers(2**31)))[0])
+            for t in range(1, T):
+                action = codec.sample(rng)
+                obs, out.reward[n, t], *_ = env.step(action)
+                out.obs["vector"][n, t] = torch.from_numpy(obs)
+                out.action[n, t] = torch.from_numpy(codec.encode(action[None])[0])
+        return out
+
+    seen, others = played(500, 0), played(1000, 1)
+    torch.manual_seed(0)
+    columns = {"vector": (env.observation_space.shape, False)}
+    model = RSSM(columns, 2, **dict(config.rssm))
+    optimiser = Optimiser([model], config.dreamer.lr, config.dreamer.warmup, config.dreamer.agc)
+    rng, right = torch.Generator().manual_seed(0), 0.0
+    for update in range(1, 6001):
+        some = torch.randint(500, (16,), generator=rng)
+        tensors = {name: tensor[some] for name, tensor in seen.tensors().items()}
+        obs = {"vector": tensors.pop("obs.vector")}
+        optimiser.zero()
+        noise = {"stoch": model.latent.noise((16, T), rng)}
+        model.loss(Batch(obs=obs, ids=[""] * 16, **tensors), "model", noise).loss.mean().backward()
+        optimiser.step()
+        if update % 500 == 0:
+            with torch.no_grad():
+                noise = model.latent.noise((1000, T), rng)
+                states, _ = model.observe(others.obs, others.action, others.is_first, noise)
+                told, _ = model.outcomes(model.features(states)[:, -1])
+            right = (told.sign() == others.reward[:, -1]).float().mean().item()
+            if right > 0.98:
+                break
+    assert right > 0.98, right  # half of them without a memory
 
 
 @pytest.mark.parametrize("blocks", [1, 8])

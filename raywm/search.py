@@ -206,7 +206,7 @@ class SearchConfig(Section):
         {"real_return": 1.0}, description="real_return, model_quality, or a weight for each: their sum is maximised."
     )
     seed: Natural = Field(0, description="Of the search. Trials have the seed of their config.")
-    smoke: dict[str, Any] = Field({}, description="Keys of this file that make a search of a minute or so, for --smoke.")
+    smoke: dict[str, Any] = Field({}, description="Keys of this file that make it a search of a minute, for --smoke.")
 
     @field_validator("overrides")
     @classmethod

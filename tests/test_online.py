@@ -231,6 +231,32 @@ class Killed(Exception):
     pass
 
 
+def test_killed_in_the_last_evaluation_a_run_only_evaluates(tmp_path):
+    config = config_of(target={"real_return": 1.0})
+
+    def watch(loop):
+        plain = loop._hear_play
+
+        def hear(answer):
+            if loop.state["phase"] == "evaluate":
+                raise Killed
+            plain(answer)
+
+        loop._hear_play = hear
+
+    with pytest.raises(Killed):
+        run(config, tmp_path, watch=watch)
+    saved, (trial,) = checkpoint.load(tmp_path / "checkpoints"), rows_of(tmp_path, "trial")
+    _, summary = run(config, tmp_path)
+    assert summary["stopped"] == "target return 1 reached"
+    assert summary["real_env_steps"] == saved.state["real_env_steps"] == stored(tmp_path)[0]
+    assert summary["updates"] == saved.state["updates"] and rows_of(tmp_path, "trial") == [trial]
+    policy = checkpoint.load(tmp_path / "checkpoints").tensors["policy"]
+    assert int(policy["updates"]) == trial["version"]
+    _, higher = run(config_of(target={"real_return": 10**6}), tmp_path)  # a higher one is trained for
+    assert 2996 <= higher["real_env_steps"] <= 3000 and higher["stopped"] == "3000 real steps done"
+
+
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_a_resume_neither_loses_nor_doubles(tmp_path, how):
     """Killed at arbitrary moments, four times over: replay, counters and the ratio go on as if nothing had been."""

@@ -297,9 +297,8 @@ class Online:
         state["evaluations"] += 1
         result = summarise([p[2] for p in played], [p[1] for p in played])
         self._tell("trial", updates=self.updates, version=self.evaluated.version, **result)
-        mean, target = result["return_mean"], self.config.target.real_return
-        state["target_return"] = mean
-        if target is not None and mean >= target and state["stopped"] is None:
+        state["target_return"], target = result["return_mean"], self.config.target.real_return
+        if self._reached() and state["stopped"] is None:
             state["stopped"], self.best = f"target return {target:g} reached", self.evaluated
 
     def _hear_save(self, answer: Answer) -> None:
@@ -431,9 +430,11 @@ class Online:
             self.state.update(saved.state)
             if done := self._already():
                 return done
-            if self.state["phase"] != "run":
-                self.state.update(phase="run")
-            self.state["stopped"] = None
+            self.state["phase"] = "run"
+            if self.state["stopped"] is not None and self._reached():  # only the last evaluation is to be done
+                self.best = Weights(0, self.state["version"], saved.tensors["policy"])
+            else:
+                self.state["stopped"] = None
         self.state["starts"] = self._start_number()  # no number of an episode is given twice, whatever became of it
         replay = self.executor.start(None if saved is None else saved.state["marks"])
         warmup = self.warmup(len(self.executor.marks))
@@ -460,15 +461,18 @@ class Online:
         state, summary = self.state, self.out / "summary.json"
         if state["phase"] != "done" or not summary.exists():
             return None
-        target = self.config.target.real_return
-        reached = target is not None and state["target_return"] is not None and state["target_return"] >= target
-        if not reached and self.limit - state["governor"]["collected"] >= self.config.collect.envs:
+        if not self._reached() and self.limit - state["governor"]["collected"] >= self.config.collect.envs:
             return None
         done: dict[str, Any] = json.loads(summary.read_text())
         if done["real_return_episodes"] != self.config.evaluate.episodes:
             return None
         self.log.say(f"already finished: {state['stopped']}; more online.steps would continue it")
         return done
+
+    def _reached(self) -> bool:
+        """Whether the last trial reached the target."""
+        target, last = self.config.target.real_return, self.state["target_return"]
+        return target is not None and last is not None and last >= target
 
     def _start_number(self) -> int:
         path = self.out / "starts.json"

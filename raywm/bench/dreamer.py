@@ -279,8 +279,8 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for case, found in result["cases"].items():
         title = f"{case}: one update at {sizes['batch']} x {sizes['sequence']}, horizon {sizes['horizon']}"
         table = Table(title=f"{title}, median (min to max) of {sizes['turns']} turns")
-        table.add_column("")
-        for column in ("ms", f"x {RLLIB}", "CPU ms", "parameters", "GFLOP", "of the floor", "products alone"):
+        table.add_column("", min_width=9)
+        for column in ("ms", f"x {RLLIB}", "CPU ms", "M weights", "GFLOP", "of the floor", "matmuls"):
             table.add_column(column, justify="right")
         for name, one in found["contenders"].items():
             products = one.get("products_share")
@@ -289,7 +289,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
                 cell(one["update_s"], 1e-3, 0),
                 cell(found["ratios"][name], digits=2) if name in found["ratios"] else "",
                 f"{one['cpu_s']['median'] * 1e3:,.0f}",
-                f"{one['parameters']:,}",
+                f"{one['parameters'] / 1e6:.2f}",
                 f"{one['flop'] / 1e9:,.0f}",
                 cell(one["floor_share"], 0.01, 0, "%"),
                 "" if products is None else f"{products:.0%}",

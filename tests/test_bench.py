@@ -125,6 +125,7 @@ def test_all_contenders_bring_whole_batches(tmp_path):
     assert {work() for work in works.values()} == {16.0}
 
 
+@pytest.mark.slow
 def test_replay(ray_session, capsys):
     result = common.finish(lambda say: replay.run(0.1, 2, 1000, say), replay._show)
     said = capsys.readouterr().out

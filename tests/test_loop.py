@@ -185,6 +185,7 @@ def on_ray(kills=None):
     return make
 
 
+@pytest.mark.slow
 def test_ray_gives_the_bits_of_one_process(reference, ray_session, tmp_path):
     summary = run(tiny(collect={"workers": 3}, dream={"workers": 1}), tmp_path, on_ray())
     assert summary["worker_deaths"] == 0
@@ -327,7 +328,7 @@ def test_a_changed_config_is_refused_by_its_key():
 # ------------------------------------------------------------------------------------------------ other ways to run
 
 
-@pytest.mark.parametrize("where", ["real", "both"])
+@pytest.mark.parametrize("where", ["real", pytest.param("both", marks=pytest.mark.slow)])
 def test_evolving_in_reality(where, tmp_path):
     evolve = {"where": where, "real_generations": 2, "real_rollouts": 2}
     summary = run(tiny(evolve=evolve), tmp_path / "a")

@@ -120,6 +120,7 @@ def faulty(fault, every, **kwargs):
     return EnvConfig(id="raywm/Faulty-v0", kwargs={"fault": fault, "at": 4, "every": every, **kwargs})
 
 
+@pytest.mark.slow
 def test_stalls_in_one_unit_of_work_do_not_add_up_to_an_error(ray_session, tmp_path):
     seed, numbers = 5, range(60)
     every = next(e for e in range(9, 20) if len(bad := multiples(seed, numbers, e)) == 5 and bad[3] > 40)
@@ -156,6 +157,7 @@ def test_an_environment_that_takes_its_process_down_costs_its_episode(ray_sessio
         assert info["number"] == bad[0] and "took 2 collectors down: ActorDiedError" in info["broken"]
 
 
+@pytest.mark.slow
 def test_an_environment_that_always_takes_its_process_down_is_an_error(ray_session, tmp_path):
     work = rollouts(faulty("kill", 1), tmp_path / "a")
     work._size = lambda left: 2
@@ -440,6 +442,7 @@ def test_a_reader_on_another_node_gets_all_in_parts(tmp_path, monkeypatch):
     assert [p.suffix for p in Path(tmp_path).glob("segment*")] == [".arrows"]
 
 
+@pytest.mark.slow
 def test_samples_come_from_all_shards_by_their_share(ray_session, tmp_path):
     """Shares, priorities fed back, prefetching, a shard that dies meanwhile, and no future data at a resume."""
     from raywm.data.prefetch import Prefetch

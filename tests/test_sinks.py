@@ -222,6 +222,7 @@ def scrape(ray) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 def test_prometheus_counts_a_run_on_ray(ray_session, tmp_path):
     from raywm.runtime.metrics import RayMetrics
 

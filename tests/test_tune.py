@@ -289,7 +289,8 @@ def smoke_search(name, tmp_path, *overrides):
     return search, trials
 
 
-@pytest.mark.parametrize("name", ["vmc_cartpole_asha", pytest.param("dreamer_pbt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vmc_cartpole_asha", "dreamer_pbt"])
 def test_smoke_in_process(name, tmp_path, ray_session):
     search, trials = smoke_search(name, tmp_path, "resources.in_process=true")
     if search.data is not None:

@@ -291,6 +291,9 @@ class DreamerConfig(Section):
     agc: NonNegative = Field(0.3, description="A tensor's gradient is at most this share of its norm; 0: unbounded.")
     accumulate: Count = Field(1, description="Parts that a batch is worked through in, for models that need memory.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of matrix products; auto: the fastest.")
+    cuda_graph: bool = Field(
+        False, description="Record an update once and replay it as one CUDA graph; for one learner on a GPU."
+    )
     learners: Count = Field(1, description="Learner actors, which share each batch.")
     num_gpus: NonNegative = Field(0.0, description="GPUs that a learner actor reserves.")
     threads: Natural = Field(0, description="CPU threads of a learner; 0 takes all cores.")
@@ -383,6 +386,11 @@ class RunConfig(Section):
             )
         if self.data is not None and self.replay.shards != "driver":
             raise ValueError("replay.shards: got 'nodes', expected 'driver' with data, whose episodes are linked there")
+        if self.dreamer.cuda_graph and (self.dreamer.num_gpus == 0 or self.dreamer.learners > 1):
+            raise ValueError(
+                f"dreamer.cuda_graph: got true with dreamer.num_gpus={self.dreamer.num_gpus:g} and "
+                f"dreamer.learners={self.dreamer.learners}, expected false, or one learner with a GPU"
+            )
         if self.evolve.learner == "reinforce" and self.evolve.where != "dream":
             raise ValueError(
                 f"evolve.where: got '{self.evolve.where}', expected 'dream' with evolve.learner=reinforce; "
@@ -412,6 +420,7 @@ RESUMABLE = (
     "fit.labels.*",
     "dreamer.learners",
     "dreamer.threads",
+    "dreamer.cuda_graph",
     "dreamer.labels.*",
     "online.steps",
     "online.evaluate_every",

@@ -49,7 +49,7 @@ VECTOR = {"vector": gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)}
 MIXED = {"image": gym.spaces.Box(0, 255, (16, 16, 3), np.uint8), **VECTOR}
 
 
-def make(action="discrete", columns=VECTOR, B=4, T=6, seed=0, rank=0, ranks=1, **settings):
+def make(action="discrete", columns=VECTOR, B=4, T=6, seed=0, rank=0, ranks=1, device="cpu", **settings):
     """A learner and a batch of its context and T rows."""
     codec = ActionCodec(SPACES[action])
     data = {"algorithm": "dreamer", "env": {"id": "none"}, "dreamer": {"precision": "fp32", "horizon": 4}}
@@ -57,9 +57,8 @@ def make(action="discrete", columns=VECTOR, B=4, T=6, seed=0, rank=0, ranks=1, *
         configs.apply_override(data, f"{key.replace('__', '.')}={value}")
     config = configs.parse(data)
     spec = dreamer_specification(config, columns, codec)
-    return DreamerLearner(spec, 0, rank=rank, ranks=ranks), batch_of(
-        columns, codec, B, T + config.dreamer.context, seed
-    )
+    batch = batch_of(columns, codec, B, T + config.dreamer.context, seed)
+    return DreamerLearner(spec, 0, device, rank, ranks), batch.to(device)
 
 
 def batch_of(columns, codec, B, T, seed=0) -> Batch:

@@ -11,7 +11,8 @@ numbers) and on 64x64x3 images, 2 actions:
 - matmul: the rate of a large square product in fp32 and in bf16. An update's FLOPs at that rate are its floor; its
   matrix products alone, in their own shapes, are what it would take with nothing between them.
 
-A ratio is the median of the ratios of each turn. With --gpu, on a GPU: larger sizes on images, beside the same floors.
+A ratio is the median of the ratios of each turn. With --gpu, on a GPU: larger sizes on images, each update as it is
+and as a CUDA graph, beside the same floors.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def raywm_works(what: str, overrides: Sequence[str], shape: tuple[int, int], dev
     with Products() as products:
         losses = [float(learner.update(batch)["model_loss"])]
     losses.append(float(learner.update(batch)["model_loss"]))
+    learner.update(batch)  # which records it, where the next ones replay it
     facts = {
         "parameters": parameters(learner),
         "flop": products.flop,
@@ -264,8 +266,10 @@ def run_gpu(seconds: float = 10.0, turns: int = 5, say: Say = lambda text: None)
     for size in GPU_SIZES:
         found: dict[str, Made] = {}
         for precision in ("fp32", "bf16"):
-            overrides = [f"rssm.size={size}", f"dreamer.precision={precision}"]
-            found[f"raywm {size} {precision}"] = (raywm_works, ("image", overrides, SHAPE, "cuda"))
+            plain = [f"rssm.size={size}", f"dreamer.precision={precision}"]
+            graph = [*plain, "dreamer.num_gpus=1", "dreamer.cuda_graph=true"]
+            found[f"raywm {size} {precision}"] = (raywm_works, ("image", plain, SHAPE, "cuda"))
+            found[f"raywm {size} {precision} graph"] = (raywm_works, ("image", graph, SHAPE, "cuda"))
         matmul = (matmul_works, (GPU_SQUARE, "cuda"))
         result["cases"][f"image, {size}"] = measure_case(found, matmul, seconds, turns, say, size)
     return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -56,11 +56,23 @@ class Batch:
         return cls(obs=obs, ids=ids, keys=keys, rows=rows, stored=states, known=known, **rest)
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
-        return Batch(**{f.name: _to(getattr(self, f.name), device, non_blocking) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def clone(self) -> Batch:
+        return self._each(torch.clone)
+
+    def _each(self, done: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{f.name: _each(getattr(self, f.name), done) for f in fields(self)})
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of states by name, observation columns as "obs.NAME"."""
         return {f"obs.{name}": column for name, column in self.obs.items()} | {n: getattr(self, n) for n in NAMES}
+
+    def leaves(self) -> dict[str, Tensor]:
+        """All tensors there are by name, those of states as "start.NAME" and "stored.NAME"."""
+        states = {"start": self.start or {}, "stored": self.stored or {}}
+        rest = {f"{of}.{name}": value for of, state in states.items() for name, value in state.items()}
+        return self.tensors() | rest | ({} if self.known is None else {"known": self.known})
 
     def flat(self) -> dict[str, np.ndarray]:
         """Views of ``tensors()`` in numpy, (B*T, *) but for the weight: made once, for it costs as much as filling
@@ -138,9 +150,9 @@ def _joined_states(batches: Sequence[Batch]) -> tuple[dict[str, Tensor] | None, 
     return stored, known
 
 
-def _to(value: Any, device: str | torch.device, non_blocking: bool) -> Any:
+def _each(value: Any, done: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)
+        return done(value)
     if isinstance(value, dict):
-        return {k: _to(v, device, non_blocking) for k, v in value.items()}
+        return {k: _each(v, done) for k, v in value.items()}
     return value

@@ -17,6 +17,7 @@ from raywm.data.batch import Batch
 from raywm.dream import dream
 from raywm.fit import has_fast_bf16
 from raywm.learners.actor import Actor, reparametrised
+from raywm.learners.graphs import Graphs, record
 from raywm.learners.optim import Optimiser
 from raywm.models import build_model
 from raywm.models.base import Dreamer, Noise, State
@@ -42,16 +43,16 @@ def lambda_return(reward: Tensor, live: Tensor, boot: Tensor, lam: Tensor | floa
 class Percentiles:
     """The range of returns: running 5th and 95th percentiles; ``scale`` is never below 1 (eq. 7)."""
 
-    def __init__(self, decay: float):
-        self.decay, self.low, self.high = decay, torch.zeros(()), torch.zeros(())
+    def __init__(self, decay: float, device: str | torch.device = "cpu"):
+        self.decay, self.low, self.high = decay, torch.zeros((), device=device), torch.zeros((), device=device)
 
     def update(self, values: Tensor) -> None:
         """Follow the percentiles of values, of any shape."""
         ordered = values.detach().float().flatten().sort().values
         at = [q * (len(ordered) - 1) for q in (0.05, 0.95)]
         low, high = (torch.lerp(ordered[int(a)], ordered[min(int(a) + 1, len(ordered) - 1)], a - int(a)) for a in at)
-        self.low = torch.lerp(low, self.low.to(low.device), self.decay)
-        self.high = torch.lerp(high, self.high.to(high.device), self.decay)
+        self.low.lerp_(low, 1 - self.decay)
+        self.high.lerp_(high, 1 - self.decay)
 
     @property
     def scale(self) -> Tensor:
@@ -91,13 +92,21 @@ class DreamerLearner:
         self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
         modules = [self.model, self.actor, self.critic]
         self.optimiser = Optimiser(modules, d["lr"], d["warmup"], d["agc"], d["optimiser"])
-        self.percentiles = Percentiles(d["return_decay"])
+        self.percentiles = Percentiles(d["return_decay"], self.device)
         self.discount = 1 - 1 / d["discount_horizon"]
         self.bf16 = d["precision"] == "bf16" or (d["precision"] == "auto" and has_fast_bf16(device))
         self._fast_actor = (
             copy.deepcopy(self.actor).to(torch.bfloat16).requires_grad_(False) if self.bf16 else self.actor
         )
         self.states: State = {}  # of the last batch without its context, leaves (B, T, *)
+        # one a part of a batch, for each part draws the same noise, that of the whole
+        self._rngs = [torch.Generator(self.device) for _ in range(d["accumulate"])]
+        self._graphs: Graphs | None = None
+        if d["cuda_graph"]:
+            if self.device.type != "cuda" or ranks > 1:
+                where = f"device={device}, ranks={ranks}"
+                raise ValueError(f"dreamer.cuda_graph: got true with {where}; expected one learner on a GPU")
+            self._graphs = Graphs(self._update, record(self._rngs))
 
     # ------------------------------------------------------------------------------------------------ one update
 
@@ -108,29 +117,40 @@ class DreamerLearner:
         Returns metrics as tensors without dimensions: nothing waits for the device. Raises ValueError for a batch that
         is no longer than its context.
         """
+        for rng in self._rngs:
+            rng.manual_seed(derive(self.seed, "update", self.updates))
+        self.optimiser.count()
+        metrics, self.states = (self._graphs or self._update)(batch)
+        if self._graphs:  # the next update will write over these
+            metrics = {name: value.clone() for name, value in metrics.items()}
+        self.updates += 1
+        return metrics
+
+    def _update(self, batch: Batch) -> tuple[dict[str, Tensor], State]:
+        """All of an update that is the same calls on the same tensors for every batch; metrics, and the states."""
         self.optimiser.zero()
         parts = split(batch, self.config["accumulate"])
         metrics: dict[str, Tensor] = {}
         states: list[State] = []
         for index, part in enumerate(parts):
-            told, state = self._accumulate(part, (self.rank * len(parts) + index, self.ranks * len(parts)))
+            share = (self.rank * len(parts) + index, self.ranks * len(parts))
+            told, state = self._accumulate(part, share, self._rngs[index])
             states.append(state)
             for name, value in told.items():
                 metrics[name] = metrics.get(name, 0) + value / len(parts)  # type: ignore[assignment]
         if self.ranks > 1:
             torch.distributed.all_reduce(self.optimiser.grad)
             self.optimiser.grad.div_(self.ranks)
-        metrics["grad_norm"] = self.optimiser.step()
+        metrics["grad_norm"] = self.optimiser.move()
         with torch.no_grad():
             slow, fast = tensors(self.slow_critic), tensors(self.critic)
             torch._foreach_lerp_(slow, fast, 1 - self.config["critic_decay"])
-        self.updates += 1
-        self.states = {k: torch.cat([s[k] for s in states]) for k in states[0]}
-        return metrics
+        return metrics, {k: torch.cat([s[k] for s in states]) for k in states[0]}
 
-    def _accumulate(self, batch: Batch, share: tuple[int, int]) -> tuple[dict[str, Tensor], State]:
+    def _accumulate(
+        self, batch: Batch, share: tuple[int, int], rng: torch.Generator
+    ) -> tuple[dict[str, Tensor], State]:
         """Add a part's gradients; its metrics, and its states for writing back."""
-        rng = torch.Generator(self.device).manual_seed(derive(self.seed, "update", self.updates))
         model = Shared(self.model, share)
         batch = self._settled(batch, model, rng)
         B, T = batch.is_first.shape
@@ -292,9 +312,8 @@ class DreamerLearner:
         except RuntimeError as error:
             raise ValueError(f"saved weights do not fit this model: {str(error).splitlines()[-1].strip()}") from None
         self.optimiser.load(under(tensors, "optimiser"))
-        self.percentiles.low, self.percentiles.high = (
-            tensors[f"percentiles.{k}"].to(self.device) for k in ("low", "high")
-        )
+        self.percentiles.low.copy_(tensors["percentiles.low"])
+        self.percentiles.high.copy_(tensors["percentiles.high"])
         self.updates = int(tensors["updates"])
 
     def policy(self) -> dict[str, Tensor]:

@@ -31,12 +31,13 @@ class Optimiser:
         parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.lr, self.warmup, self.agc, self.kind, self.betas = lr, warmup, agc, kind, betas
         self.eps = 1e-20 if kind == "laprop" else 1e-8
-        self.sizes = torch.tensor([p.numel() for p in parameters], device=parameters[0].device)
         self.flat = torch.cat([p.detach().flatten() for p in parameters])
         self.grad = torch.zeros_like(self.flat)
         self.first, self.second = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         self.steps = 0
-        sizes = self.sizes.tolist()
+        # what changes from step to step, on the device: a CUDA graph repeats all else as it was
+        self._debias, self._rate = self.flat.new_zeros(()), self.flat.new_zeros(())
+        sizes = [p.numel() for p in parameters]
         self._weights, self._grads = list(self.flat.split(sizes)), list(self.grad.split(sizes))
         for p, weight, grad in zip(parameters, self._weights, self._grads):
             p.data, p.grad = weight.view_as(p), grad.view_as(p)  # from now on views of the flat ones
@@ -46,22 +47,33 @@ class Optimiser:
 
     def step(self) -> Tensor:
         """One step along the gradients; returns their norm before the clipping."""
+        self.count()
+        return self.move()
+
+    def count(self) -> None:
+        """The half of a step that hangs on how many there were."""
+        self.steps += 1
+        b1, b2 = self.betas
+        lr = self.lr * min(1.0, self.steps / max(1, self.warmup))
+        self._debias.fill_(1 / (1 - b2**self.steps))
+        self._rate.fill_(-lr / (1 - b1**self.steps))
+
+    def move(self) -> Tensor:
+        """The other half, the same calls on the same tensors every time."""
         norms = torch.stack(torch._foreach_norm(self._grads))
         if self.agc:
             most = self.agc * torch.stack(torch._foreach_norm(self._weights)).clamp(min=PMIN)
             scale = (most / norms.clamp(min=1e-20)).clamp(max=1.0)
             torch._foreach_mul_(self._grads, list(scale.unbind()))
-        self.steps += 1
-        b1, b2 = self.betas
-        grad, lr = self.grad, self.lr * min(1.0, self.steps / max(1, self.warmup))
+        (b1, b2), grad = self.betas, self.grad
         self.second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-        root = (self.second / (1 - b2**self.steps)).sqrt_().add_(self.eps)
+        root = (self.second * self._debias).sqrt_().add_(self.eps)
         if self.kind == "laprop":
             self.first.lerp_(grad.div_(root), 1 - b1)
-            self.flat.add_(self.first, alpha=-lr / (1 - b1**self.steps))
+            self.flat.addcmul_(self.first, self._rate)
         else:
             self.first.lerp_(grad, 1 - b1)
-            self.flat.addcdiv_(self.first, root, value=-lr / (1 - b1**self.steps))
+            self.flat.addcdiv_(self.first * self._rate, root)
         return norms.norm()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -275,6 +275,10 @@ class DreamerConfig(Section):
         "after them, or else the one they lead to from nothing. 0: every sequence begins from nothing.",
     )
     horizon: Count = Field(15, description="Steps of a dream.")
+    dream_last: Natural = Field(
+        0,
+        description="Rows at each sequence's end that dreams start from and the critic replays; 0: all of them.",
+    )
     discount_horizon: Positive = Field(333.0, description="The discount is 1 - 1 / this.")
     lam: Fraction = Field(0.95, description="Of the lambda-return.")
     entropy: NonNegative = Field(3e-4, description="Weight of the actor's entropy.")
@@ -386,6 +390,8 @@ class RunConfig(Section):
             )
         if self.data is not None and self.replay.shards != "driver":
             raise ValueError("replay.shards: got 'nodes', expected 'driver' with data, whose episodes are linked there")
+        if self.dreamer.dream_last == 1:  # a row and what follows it
+            raise ValueError("dreamer.dream_last: got 1, expected 0 for all rows, or at least 2")
         if self.dreamer.cuda_graph and (self.dreamer.num_gpus == 0 or self.dreamer.learners > 1):
             raise ValueError(
                 f"dreamer.cuda_graph: got true with dreamer.num_gpus={self.dreamer.num_gpus:g} and "

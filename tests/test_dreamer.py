@@ -465,6 +465,36 @@ def test_terminal_starts_do_not_train_the_actor():
     assert metrics["actor_loss"] == 0 and metrics["critic_loss"] == 0
 
 
+def test_dreams_start_from_the_last_rows(monkeypatch):
+    """Or from all of them; the model and what is written back are the same."""
+    every, batch = make(T=6)
+    told = every.update(batch)
+    some, _ = make(T=6, dreamer__dream_last=3)
+    starts, critic = [], []
+    dreamt, replayed = some._dreamt, some._replayed
+    monkeypatch.setattr(some, "_dreamt", lambda *a: starts.append(a[:2]) or dreamt(*a))
+    monkeypatch.setattr(some, "_replayed", lambda *a: critic.append(a) or replayed(*a))
+    said = some.update(batch)
+    for name in ("model_loss", "kl", "vector_loss", "reward_loss"):
+        assert said[name] == told[name]
+    assert said["critic_loss"] != told["critic_loss"]
+    for name, value in some.states.items():
+        assert value.shape[:2] == (4, 6) and torch.equal(value, every.states[name])
+        assert torch.equal(starts[0][0][name], value[:, 3:].flatten(0, 1))
+    context = some.config["context"]
+    assert torch.equal(starts[0][1].view(4, 3), ~batch.is_terminal[:, context + 3 :])
+    (part, features, boot), features_of = critic[0], some.model.features
+    assert torch.equal(part.reward, batch.reward[:, context + 3 :]) and boot.shape == (4, 3)
+    assert torch.equal(features, features_of({k: v[:, 3:] for k, v in some.states.items()}))
+
+    for enough in (6, 100):
+        same, _ = make(T=6, dreamer__dream_last=enough)
+        same.update(batch)
+        assert torch.equal(same.optimiser.flat, every.optimiser.flat)
+    with pytest.raises(ValueError, match=r"dreamer.dream_last: got 1, expected 0 .* at least 2"):
+        make(dreamer__dream_last=1)
+
+
 def test_dynamics_gradients_reach_the_actor_alone():
     learner, batch = make("box", dreamer__actor_grad="dynamics", rssm__latent="gaussian", dreamer__warmup=0)
     before = copy.deepcopy(learner.actor.state_dict())
@@ -490,9 +520,11 @@ def test_one_batch_is_overfitted_by_every_head(head):
 # ------------------------------------------------------------------------------------------------ the same, otherwise
 
 
-def test_accumulated_parts_make_the_same_gradient():
-    whole, batch = make(dreamer__context=0, dreamer__optimiser="adam")
-    parts, _ = make(dreamer__context=0, dreamer__optimiser="adam", dreamer__accumulate=2)
+@pytest.mark.parametrize("last", [0, 3])
+def test_accumulated_parts_make_the_same_gradient(last):
+    shared = {"dreamer__context": 0, "dreamer__optimiser": "adam", "dreamer__dream_last": last}
+    whole, batch = make(**shared)
+    parts, _ = make(**shared, dreamer__accumulate=2)
     for learner in (whole, parts):
         learner.percentiles.update(torch.tensor([0.0, 1.0]))
         learner.update(batch)

@@ -16,7 +16,7 @@ from raywm.learners.graphs import Graphs
 KINDS = [
     {},
     {"dreamer__precision": "bf16"},
-    {"dreamer__accumulate": 2},
+    {"dreamer__accumulate": 2, "dreamer__dream_last": 3},
     {"rssm__latent": "gaussian", "rssm__stoch": 6, "dreamer__optimiser": "adam"},
     {"rssm__size": "1M", "rssm__deter": 64, "dreamer__context": 0},
     {"columns": MIXED, "action": "multi_discrete"},

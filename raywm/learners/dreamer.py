@@ -158,9 +158,13 @@ class DreamerLearner:
             noise = {k: v.unflatten(0, (B, T)) for k, v in model.noise(B * T, rng).items()}
             fit = self.model.loss(batch, self.model.phases[-1], noise)
             features = self.model.features(fit.states)
-            start = {k: v.detach() for k, v in fit.states.items()}
-            losses, told = self._dreamt(start, fit.valid, model, rng)
-            replayed = self._replayed(batch, features.unflatten(0, (B, T)), losses.returns[0].view(B, T))
+            states = {k: v.detach().unflatten(0, (B, T)) for k, v in fit.states.items()}
+            K = min(self.config["dream_last"] or T, T)
+            last = slice(T - K, None)
+            start = {k: v[:, last].flatten(0, 1) for k, v in states.items()}
+            losses, told = self._dreamt(start, fit.valid.view(B, T)[:, last].flatten(), model, rng)
+            seen = features.unflatten(0, (B, T))[:, last]
+            replayed = self._replayed(rows(batch, last), seen, losses.returns[0].view(B, K))
             critic = losses.critic.mean()
             total = fit.loss.mean() + critic + self.config["replay_value"] * replayed
             if self.config["actor_grad"] == "reinforce":
@@ -178,7 +182,7 @@ class DreamerLearner:
             "critic_loss": critic.detach(),
             "replay_critic_loss": replayed.detach(),
         }
-        return metrics, {k: v.unflatten(0, (B, T)) for k, v in start.items()}
+        return metrics, states
 
     def _settled(self, batch: Batch, model: Shared, rng: torch.Generator) -> Batch:
         """The batch without its context, started from the state that is stored for the context's last row, or else

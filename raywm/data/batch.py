@@ -56,13 +56,13 @@ class Batch:
         return cls(obs=obs, ids=ids, keys=keys, rows=rows, stored=states, known=known, **rest)
 
     def to(self, device: str | torch.device, non_blocking: bool = False) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def clone(self) -> Batch:
-        return self._each(torch.clone)
+        return self._mapped(torch.clone)
 
-    def _each(self, done: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(**{f.name: _each(getattr(self, f.name), done) for f in fields(self)})
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{f.name: _mapped(getattr(self, f.name), function) for f in fields(self)})
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but those of states by name, observation columns as "obs.NAME"."""
@@ -150,9 +150,9 @@ def _joined_states(batches: Sequence[Batch]) -> tuple[dict[str, Tensor] | None, 
     return stored, known
 
 
-def _each(value: Any, done: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return done(value)
+        return function(value)
     if isinstance(value, dict):
-        return {k: _each(v, done) for k, v in value.items()}
+        return {k: _mapped(v, function) for k, v in value.items()}
     return value

@@ -72,8 +72,7 @@ class Prefetch:
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(event)
-            states = [*(batch.stored or {}).values(), *([] if batch.known is None else [batch.known])]
-            for tensor in [*batch.tensors().values(), *states]:
+            for tensor in batch.leaves().values():
                 tensor.record_stream(stream)  # its memory belongs to the other stream, and may not go back too early
         return batch
 
@@ -97,7 +96,7 @@ class Prefetch:
                         event = stream.record_event()
                 with self._changed:
                     self._ready.append((ready, event))
-                    if event is not None:
+                    if event is not None and out is not None:  # the first one's memory is not page-locked
                         self._spare.append((batch, event))
                     self._changed.notify_all()
         except BaseException as error:  # whatever it is, the consumer must hear of it

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from raywm.data.batch import Batch
 from raywm.dream import dream
 from raywm.fit import has_fast_bf16
 from raywm.learners.actor import Actor, reparametrised
-from raywm.learners.graphs import Graphs, record
+from raywm.learners.graphs import Cuda, Graphs
 from raywm.learners.optim import Optimiser
 from raywm.models import build_model
 from raywm.models.base import Dreamer, Noise, State
@@ -106,7 +107,7 @@ class DreamerLearner:
             if self.device.type != "cuda" or ranks > 1:
                 where = f"device={device}, ranks={ranks}"
                 raise ValueError(f"dreamer.cuda_graph: got true with {where}; expected one learner on a GPU")
-            self._graphs = Graphs(self._update, record(self._rngs))
+            self._graphs = Graphs(self._update, Cuda(self.device, self._rngs))
 
     # ------------------------------------------------------------------------------------------------ one update
 
@@ -117,14 +118,24 @@ class DreamerLearner:
         Returns metrics as tensors without dimensions: nothing waits for the device. Raises ValueError for a batch that
         is no longer than its context.
         """
+        stream = derive(self.seed, "update", self.updates)
         for rng in self._rngs:
-            rng.manual_seed(derive(self.seed, "update", self.updates))
-        self.optimiser.count()
-        metrics, self.states = (self._graphs or self._update)(batch)
-        if self._graphs:  # the next update will write over these
-            metrics = {name: value.clone() for name, value in metrics.items()}
+            rng.manual_seed(stream)
+        self.optimiser.count(self.updates + 1)
+        if self._graphs:
+            metrics, self.states = self._graphs(self._with_states(batch))
+            metrics = {name: value.clone() for name, value in metrics.items()}  # the next update writes over them
+        else:
+            metrics, self.states = self._update(batch)
         self.updates += 1
         return metrics
+
+    def _with_states(self, batch: Batch) -> Batch:
+        """A batch of which no states are stored yet as one where they are not known: one graph serves both."""
+        if batch.stored is not None or not self.config["context"]:
+            return batch
+        nothing = self.model.pack(self.model.initial(len(batch.weight)))
+        return replace(batch, stored=nothing, known=torch.zeros_like(batch.is_first[:, 0]))
 
     def _update(self, batch: Batch) -> tuple[dict[str, Tensor], State]:
         """All of an update that is the same calls on the same tensors for every batch; metrics, and the states."""

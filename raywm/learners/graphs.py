@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from raywm.data.batch import Batch
 
 Run = Callable[[], Any]
-Record = Callable[[Run], tuple[Callable[[], None], Any]]  # a run -> what repeats it, and what that run gave
+
+
+class Recorder(Protocol):
+    def plain(self, run: Run) -> Any:
+        """What a run gives, made where recordings are."""
+
+    def record(self, run: Run) -> tuple[Callable[[], None], Any]:
+        """What repeats a run on the tensors it had, and what it gives: there once that has been called."""
 
 
 class Graphs:
@@ -27,46 +33,61 @@ class Graphs:
 
     PLAIN = 2
 
-    def __init__(self, function: Callable[[Batch], Any], record: Record):
-        self.function, self._record = function, record
+    def __init__(self, function: Callable[[Batch], Any], recorder: Recorder):
+        self.function, self.recorder = function, recorder
         self._plain: Counter[Any] = Counter()
-        self._made: dict[Any, tuple[Callable[[], None], dict[str, Tensor], Any]] = {}
+        self._made: dict[Any, tuple[Batch, Callable[[], None], Any]] = {}
 
     def __call__(self, batch: Batch) -> Any:
-        given = batch.leaves()
-        shape = tuple((name, tuple(value.shape), value.dtype) for name, value in given.items())
+        leaves = batch.leaves()
+        shape = tuple((name, tuple(leaf.shape), leaf.dtype) for name, leaf in leaves.items())
         if shape not in self._made:
             if self._plain[shape] < self.PLAIN:
                 self._plain[shape] += 1
-                return aside(lambda: self.function(batch)) if batch.action.is_cuda else self.function(batch)
-            own = batch.clone()
-            self._made[shape] = (*self._record(lambda: self.function(own)), own.leaves())
-        replay, result, place = self._made[shape]
-        for name, value in given.items():
-            place[name].copy_(value, non_blocking=True)
+                return self.recorder.plain(lambda: self.function(batch))
+            place = batch.clone()
+            self._made[shape] = (place, *self.recorder.record(lambda: self.function(place)))
+        place, replay, result = self._made[shape]
+        for name, to in place.leaves().items():
+            to.copy_(leaves[name], non_blocking=True)
         replay()
         return result
 
 
-def record(generators: Sequence[torch.Generator]) -> Record:
-    """By CUDA graphs, whose random numbers are those that the generators would give then."""
+class Cuda:
+    """Records by CUDA graphs. Random numbers of `generators` are those that they would give when it is replayed.
 
-    def recorded(run: Run) -> tuple[Callable[[], None], Any]:
+    Raises RuntimeError where CUDA cannot record a run; what the run works on is then in no defined state.
+    """
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]):
+        self.device, self.generators = device, generators
+        with torch.cuda.device(device):
+            self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def plain(self, run: Run) -> Any:
+        with torch.cuda.device(self.device):
+            here = torch.cuda.current_stream()
+            self.stream.wait_stream(here)
+            with torch.cuda.stream(self.stream):
+                result = run()
+            here.wait_stream(self.stream)
+        return result
+
+    def record(self, run: Run) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        for generator in generators:
+        for generator in self.generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            result = run()
-        return graph.replay, result
+        # other threads, as the one that prefetches batches, go on allocating while this one records
+        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        try:
+            with torch.cuda.device(self.device), recording:
+                result = run()
+        except RuntimeError as error:
+            raise RuntimeError("the update cannot be recorded as a CUDA graph; set dreamer.cuda_graph=false") from error
 
-    return recorded
+        def replay() -> None:
+            with torch.cuda.device(self.device):
+                graph.replay()
 
-
-def aside(run: Run) -> Any:
-    """On a stream of its own, as a recording runs: what a library keeps for a stream is then there."""
-    stream, here = torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(here)
-    with torch.cuda.stream(stream):
-        result = run()
-    here.wait_stream(stream)
-    return result
+        return replay, result

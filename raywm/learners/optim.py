@@ -47,12 +47,12 @@ class Optimiser:
 
     def step(self) -> Tensor:
         """One step along the gradients; returns their norm before the clipping."""
-        self.count()
+        self.count(self.steps + 1)
         return self.move()
 
-    def count(self) -> None:
-        """The half of a step that hangs on how many there were."""
-        self.steps += 1
+    def count(self, steps: int) -> None:
+        """The half of a step that depends on the number it has, from 1."""
+        self.steps = steps
         b1, b2 = self.betas
         lr = self.lr * min(1.0, self.steps / max(1, self.warmup))
         self._debias.fill_(1 / (1 - b2**self.steps))

@@ -160,8 +160,9 @@ class TwoHot(nn.Module):
         return self.mean_of(logits.softmax(-1))
 
     def mean_of(self, p: Tensor) -> Tensor:
-        """Probabilities (..., K) -> (...)"""
-        return (p[..., 1 : self.middle + 1] - p[..., self.middle + 1 :]) @ self.bins[1 : self.middle + 1]
+        """Probabilities (..., K) -> (...), in fp32 under autocast too: bf16 has two digits of a value."""
+        with torch.autocast(p.device.type, enabled=False):
+            return (p[..., 1 : self.middle + 1] - p[..., self.middle + 1 :]) @ self.bins[1 : self.middle + 1]
 
     def loss(self, logits: Tensor, *targets: Tensor, log_p: Tensor | None = None) -> Tensor:
         """Cross-entropy (...) of logits (..., K) with the two bins around a target (...), by its nearness to each; the

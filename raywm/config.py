@@ -262,6 +262,11 @@ class RSSMConfig(Section):
         description="Units of deter start out forgetting within 4 to so many steps, after chrono initialisation; none: "
         "all within 4, as in DreamerV3. For tasks that need a memory, about as long as it must last, or longer.",
     )
+    standardise: bool = Field(
+        False,
+        description="Heads, actor and critic see deter by its running mean and deviation: for what is remembered in "
+        "small differences, with a timescale.",
+    )
 
 
 class DreamerConfig(Section):

@@ -523,6 +523,40 @@ def test_one_batch_is_overfitted_by_every_head(head):
 # ------------------------------------------------------------------------------------------------ the same, otherwise
 
 
+def test_standardised_features():
+    """By the running moments of what was observed; parts of a batch and dreams in bf16 see the same."""
+    learner, batch = make(rssm__standardise="true", dreamer__context=0)
+    model = learner.model
+    state = {"deter": torch.randn(5, 128) * 0.3 + 0.5, "stoch": torch.randn(5, model.latent.size)}
+    plain = torch.cat([state["deter"], state["stoch"]], -1)
+    assert torch.allclose(model.features(state), plain, atol=1e-4)  # until something was seen
+    learner.update(batch)
+    seen = learner.states["deter"].flatten(0, 1)
+    expected = torch.stack(
+        [torch.zeros(128).lerp(seen.mean(0), 0.01), torch.ones(128).lerp(seen.square().mean(0), 0.01)]
+    )
+    assert torch.allclose(model.moments, expected, atol=1e-6)
+    for _ in range(2000):
+        model.follow(model.moments_of(learner.states))
+    features = model.features({k: v.flatten(0, 1) for k, v in learner.states.items()})[:, :128]
+    std = seen.std(0, correction=0)
+    assert torch.allclose(features.mean(0), torch.zeros(128), atol=1e-3)
+    assert torch.allclose(features.std(0, correction=0), std / (std**2 + 1e-4).sqrt(), atol=0.02)
+
+    parts, _ = make(rssm__standardise="true", dreamer__context=0, dreamer__accumulate=2)
+    parts.update(batch)
+    assert torch.allclose(parts.model.moments, expected, atol=1e-6)
+    assert "model.moments" in parts.tensors() and "model.moments" in parts.policy()
+    fast, exact = model.dreamer("bf16"), model.features(state)
+    assert fast.moments is model.moments
+    rough = fast.features({k: v.bfloat16() for k, v in state.items()})
+    assert rough.dtype == torch.bfloat16 and torch.cosine_similarity(rough.float(), exact, -1).min() > 0.99
+    compact = model.compact()
+    one_hots = model.latent.unpack(torch.randint(8, (5, 16)))
+    start = compact.begin({"deter": state["deter"], "stoch": one_hots})
+    assert torch.equal(compact.features(start)[:, :128], exact[:, :128])
+
+
 @pytest.mark.parametrize("last", [0, 3])
 def test_accumulated_parts_make_the_same_gradient(last):
     shared = {"dreamer__context": 0, "dreamer__optimiser": "adam", "dreamer__dream_last": last}

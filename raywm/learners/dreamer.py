@@ -156,7 +156,18 @@ class DreamerLearner:
         with torch.no_grad():
             slow, fast = tensors(self.slow_critic), tensors(self.critic)
             torch._foreach_lerp_(slow, fast, 1 - self.config["critic_decay"])
-        return metrics, {k: torch.cat([s[k] for s in states]) for k in states[0]}
+        whole = {k: torch.cat([s[k] for s in states]) for k in states[0]}
+        self._follow(whole)
+        return metrics, whole
+
+    def _follow(self, states: State) -> None:
+        model: Any = self.model
+        if model.moments is not None:
+            moments = model.moments_of(states)
+            if self.ranks > 1:
+                torch.distributed.all_reduce(moments)
+                moments /= self.ranks
+            model.follow(moments)
 
     def _accumulate(
         self, batch: Batch, share: tuple[int, int], rng: torch.Generator

@@ -54,6 +54,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 PLAIN_DETER = 1024  # up to which CPUs scan in fp32
 MIN_STD = 0.1  # of Gaussian latents (PlaNet)
+LEAST_STD = 0.01  # that standardised features count as having: what varies less stays small
 
 Stats = dict[str, Tensor]  # of a distribution over stoch: "probs" (..., S, K), or "mean" and "std" (..., S)
 
@@ -226,11 +227,14 @@ class RSSM(WorldModel):
         latent: "categorical" or "gaussian"; symlog: vectors are squashed; bins: of the two-hot reward.
         free_nats, dyn_scale, rep_scale: of the KL, whose two sides train prior and posterior (DreamerV3, eq. 5).
         reward_scale: weight of the reward's loss; timescale: see ``update_bias``.
+        standardise: features have deter by its running mean and deviation, which ``follow`` keeps. What units that
+            keep for long remember are small differences, from which a head, or an actor, learns slowly.
 
     Raises ValueError for images that do not halve well, blocks that do not divide deter, a timescale below 4.
     """
 
     phases = ("model",)
+    moments: Tensor | None
 
     def __init__(
         self,
@@ -253,6 +257,7 @@ class RSSM(WorldModel):
         rep_scale: float = 0.1,
         reward_scale: float = 1.0,
         timescale: float | None = None,
+        standardise: bool = False,
     ):
         super().__init__()
         given = zip(WIDTHS, (deter, stoch, classes, units, hidden, depth, blocks))
@@ -284,6 +289,8 @@ class RSSM(WorldModel):
         self.reward = Head(self.feat_dim, U, 1, bins, scale=0.0, onehots=self.onehots)
         self.cont = Head(self.feat_dim, U, 1, 1, onehots=self.onehots)
         self._shadow: list[RSSM] = []  # in a list: no submodule
+        # running means of deter and of its square, (2, D)
+        self.register_buffer("moments", torch.stack([torch.zeros(D), torch.ones(D)]) if standardise else None)
 
     # ------------------------------------------------------------------------------------------------ one step
 
@@ -342,7 +349,25 @@ class RSSM(WorldModel):
         return {"deter": packed["deter"].float(), "stoch": self.latent.unpack(packed["stoch"])}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([state["deter"], state["stoch"]], -1)
+        return torch.cat([self._seen(state["deter"]), state["stoch"]], -1)
+
+    def _seen(self, deter: Tensor) -> Tensor:
+        if self.moments is None:
+            return deter
+        mean, square = self.moments
+        scale = (square - mean * mean).clamp(min=0).add(LEAST_STD**2).rsqrt()
+        return ((deter - mean) * scale).to(deter.dtype)
+
+    def follow(self, moments: Tensor) -> None:
+        """Bring what ``features`` are standardised by a hundredth nearer to ``moments_of`` some states."""
+        if self.moments is not None:
+            self.moments.lerp_(moments, 0.01)
+
+    @staticmethod
+    def moments_of(state: State) -> Tensor:
+        """The means of deter (..., D) and of its square: (2, D)."""
+        deter = state["deter"].detach().float().flatten(0, -2)
+        return torch.stack([deter.mean(0), deter.square().mean(0)])
 
     def decode(self, state: State) -> dict[str, Tensor]:
         out = self.decoder(self.features(state))
@@ -360,7 +385,7 @@ class RSSM(WorldModel):
             return self
         if not self._shadow:
             shadow = copy.deepcopy(self).to(torch.bfloat16).requires_grad_(False)
-            shadow.twohot = self.twohot  # its bins would lose their digits
+            shadow.twohot, shadow.moments = self.twohot, self.moments  # which would lose their digits
             self._shadow.append(shadow)
         shadow = self._shadow[0]
         torch._foreach_copy_(list(shadow.parameters()), [p.detach() for p in self.parameters()])
@@ -469,7 +494,8 @@ class Compact:
         return {"deter": state["deter"], "stoch": self.model.latent.pack(state["stoch"]).long()}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([state["deter"], state["stoch"].to(state["deter"].dtype)], -1)
+        deter = self.model._seen(state["deter"])
+        return torch.cat([deter, state["stoch"].to(deter.dtype)], -1)
 
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0

@@ -681,16 +681,18 @@ def test_actor_judges_what_it_samples():
 def _rank(rank: int, ranks: int, address: str, parts: list[Batch], results) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
-    learner, _ = make(rank=rank, ranks=ranks, dreamer__optimiser="adam")
+    learner, _ = make(rank=rank, ranks=ranks, dreamer__optimiser="adam", rssm__standardise="true")
     metrics = [learner.update(parts[rank]) for _ in range(3)]
-    results.put((rank, learner.optimiser.flat.numpy(), {k: float(v) for k, v in metrics[-1].items()}))
+    weights = torch.cat([learner.optimiser.flat, learner.model.moments.flatten()])
+    results.put((rank, weights.numpy(), {k: float(v) for k, v in metrics[-1].items()}))
     torch.distributed.destroy_process_group()
 
 
 def test_two_learners_are_one_on_the_joined_batch(tmp_path):
-    single, batch = make(dreamer__optimiser="adam")
+    single, batch = make(dreamer__optimiser="adam", rssm__standardise="true")
     for _ in range(3):
         metrics = single.update(batch)
+    weights = torch.cat([single.optimiser.flat, single.model.moments.flatten()])
     context = torch.multiprocessing.get_context("spawn")
     results = context.Queue()
     parts = split(batch, 2)
@@ -702,7 +704,7 @@ def test_two_learners_are_one_on_the_joined_batch(tmp_path):
     for process in processes:
         process.join(30)
     assert np.array_equal(found[0][0], found[1][0])  # the ranks stay together, bit for bit
-    assert np.allclose(found[0][0], single.optimiser.flat.numpy(), atol=2e-5)
+    assert np.allclose(found[0][0], weights.numpy(), atol=2e-5)
     mean = np.mean([found[r][1]["model_loss"] for r in range(2)])
     assert mean == pytest.approx(float(metrics["model_loss"]), rel=1e-4)
 

@@ -471,6 +471,7 @@ def test_terminal_starts_do_not_train_the_actor():
 def test_dreams_start_from_the_last_rows(monkeypatch):
     """Or from all of them; the model and what is written back are the same."""
     every, batch = make(T=6)
+    batch.is_terminal[1, -2] = batch.is_last[1, -2] = batch.is_first[1, -1] = True
     told = every.update(batch)
     some, _ = make(T=6, dreamer__dream_last=3)
     starts, critic = [], []
@@ -818,8 +819,10 @@ def test_a_cue_is_remembered_through_noise():
         obs = {"vector": tensors.pop("obs.vector")}
         optimiser.zero()
         noise = {"stoch": model.latent.noise((16, T), rng)}
-        model.loss(Batch(obs=obs, ids=[""] * 16, **tensors), "model", noise).loss.mean().backward()
+        fit = model.loss(Batch(obs=obs, ids=[""] * 16, **tensors), "model", noise)
+        fit.loss.mean().backward()
         optimiser.step()
+        model.follow(model.moments_of(fit.states))  # as the learner does
         if update % 500 == 0:
             with torch.no_grad():
                 noise = model.latent.noise((1000, T), rng)

@@ -17,11 +17,11 @@ from raywm.models import rssm
 
 KINDS = [
     {},
-    {"dreamer__precision": "bf16"},
+    {"dreamer__precision": "bf16", "rssm__standardise": "true"},
     {"dreamer__accumulate": 2, "dreamer__dream_last": 3},
     {"rssm__latent": "gaussian", "rssm__stoch": 6, "dreamer__optimiser": "adam"},
     {"rssm__size": "1M", "rssm__deter": 64, "dreamer__context": 0},
-    {"columns": MIXED, "action": "multi_discrete", "rssm__standardise": "true"},
+    {"columns": MIXED, "action": "multi_discrete"},
     {"action": "box", "dreamer__actor_grad": "dynamics"},
 ]
 ids = [",".join(f"{k}={v}" for k, v in kind.items() if k != "columns") or "plain" for kind in KINDS]

@@ -1,7 +1,8 @@
 """Dreamer: a world model learns from replay, an actor and a critic from its dreams (DreamerV3, Nature 2025).
 
-One update, on B sequences of T rows: the model's loss; a dream of H steps from every row; the actor's and the critic's
-losses on the dream; the critic's loss on the replayed rows; one step of one optimiser.
+One update, on B sequences of T rows: the model's loss; a dream of H steps from every row, or from the `dream_last` ones
+of each sequence; the actor's and the critic's losses on the dream; the critic's loss on those replayed rows; one step of
+one optimiser.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class DreamerLearner:
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One step on a batch, whose first ``context`` rows only bring the model into its state: sequences of which
         that state is known (``Batch.stored``) begin with it, the others with what those rows lead to from nothing.
+        Sequences are expected to be full, as a replay's that cross from episode to episode: standardised features and
+        ``dream_last`` do not look at the mask.
 
         Returns metrics as tensors without dimensions: nothing waits for the device. Raises ValueError for a batch that
         is no longer than its context.

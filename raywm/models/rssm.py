@@ -218,6 +218,14 @@ def gated(deter: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
     return torch.lerp(deter, cand.to(deter.dtype), update.to(deter.dtype))
 
 
+def seen(deter: Tensor, scaling: tuple[Tensor, Tensor] | None) -> Tensor:
+    """deter (..., D) as features have it; see ``RSSM.scaling``."""
+    if scaling is None:
+        return deter
+    shift, scale = scaling
+    return torch.addcmul(shift, deter, scale).to(deter.dtype)
+
+
 class RSSM(WorldModel):
     """State leaves: "deter" (B, D) and "stoch" (B, S * K) one-hots, or (B, S) Gaussian. Features: both.
 
@@ -349,14 +357,15 @@ class RSSM(WorldModel):
         return {"deter": packed["deter"].float(), "stoch": self.latent.unpack(packed["stoch"])}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([self._seen(state["deter"]), state["stoch"]], -1)
+        return torch.cat([seen(state["deter"], self.scaling()), state["stoch"]], -1)
 
-    def _seen(self, deter: Tensor) -> Tensor:
+    def scaling(self) -> tuple[Tensor, Tensor] | None:
+        """What is added to deter, and what it is multiplied by before, where features are standardised."""
         if self.moments is None:
-            return deter
+            return None
         mean, square = self.moments
         scale = (square - mean * mean).clamp(min=0).add(LEAST_STD**2).rsqrt()
-        return ((deter - mean) * scale).to(deter.dtype)
+        return -mean * scale, scale
 
     def follow(self, moments: Tensor) -> None:
         """Bring what ``features`` are standardised by a hundredth nearer to ``moments_of`` some states."""
@@ -488,13 +497,14 @@ class Compact:
     def __init__(self, model: RSSM):
         self.model = model
         self.noise, self.outcomes = model.noise, model.outcomes
+        self.scaling = model.scaling()  # as it is now: a dream is short
 
     def begin(self, state: State) -> State:
         """A state of the model, leaves (B, *), as one of this."""
         return {"deter": state["deter"], "stoch": self.model.latent.pack(state["stoch"]).long()}
 
     def features(self, state: State) -> Tensor:
-        deter = self.model._seen(state["deter"])
+        deter = seen(state["deter"], self.scaling)
         return torch.cat([deter, state["stoch"].to(deter.dtype)], -1)
 
     def advance(

@@ -282,7 +282,7 @@ class DreamerConfig(Section):
     horizon: Count = Field(15, description="Steps of a dream.")
     dream_last: Natural = Field(
         0,
-        description="Rows at each sequence's end that dreams start from and the critic replays, at most; 0: all of them.",
+        description="Rows at each sequence's end that dreams start from and the critic replays, at most; 0: all.",
     )
     discount_horizon: Positive = Field(333.0, description="The discount is 1 - 1 / this.")
     lam: Fraction = Field(0.95, description="Of the lambda-return.")

@@ -1,8 +1,8 @@
 """Dreamer: a world model learns from replay, an actor and a critic from its dreams (DreamerV3, Nature 2025).
 
 One update, on B sequences of T rows: the model's loss; a dream of H steps from every row, or from the `dream_last` ones
-of each sequence; the actor's and the critic's losses on the dream; the critic's loss on those replayed rows; one step of
-one optimiser.
+of each sequence; the actor's and the critic's losses on the dream; the critic's loss on those replayed rows; one step
+of one optimiser.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _ranges(learner: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for owner, attribute, name in (
             (learner.model, "observe", "observe"),
-            (learner.optimiser, "step", OPTIMISER),
+            (learner.optimiser, "move", OPTIMISER),
             (dreamer, "dream", "dream"),
             (heads, "draw", SAMPLING),
         ):

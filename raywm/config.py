@@ -265,7 +265,7 @@ class RSSMConfig(Section):
     standardise: bool = Field(
         False,
         description="Heads, decoder, actor and critic see deter by its running mean and deviation: for what is "
-        "remembered in small differences, with a timescale; with precision=fp32, as bf16 rounds those.",
+        "remembered in small differences, with a timescale.",
     )
 
 

@@ -558,6 +558,29 @@ def test_standardised_features():
     assert torch.equal(compact.features(start)[:, :128], exact[:, :128])
 
 
+@pytest.mark.parametrize("compact", [False, True])
+def test_bf16_dreams_keep_what_slow_units_sum_up(compact):
+    """Small differences of deter, and steps smaller than what bf16 tells apart, are in a bf16 dream's features."""
+    learner, _ = make(rssm__standardise="true", rssm__timescale=500)
+    model, rng = learner.model, torch.Generator().manual_seed(0)
+    one_hots = model.latent.unpack(torch.randint(8, (256, 16), generator=rng))
+    start = {"deter": 0.43 + 0.01 * torch.randn(256, 128, generator=rng), "stoch": one_hots}
+    model.moments.copy_(model.moments_of(start))
+    action, noise = torch.eye(model.act_dim)[torch.randint(model.act_dim, (256,))], model.noise(256, rng)
+    exact, fast = model, model.dreamer("bf16")
+    if compact:
+        exact, fast = exact.compact(), fast.compact()
+        start = exact.begin(start)
+    rough = fast.features(start)
+    assert rough.dtype == torch.bfloat16
+    assert torch.allclose(rough[:, :128].float(), exact.features(start)[:, :128], atol=0.02)
+    after = [m.advance(start, action, noise)[0]["deter"] for m in (exact, fast)]
+    a, b = [
+        (deter - start["deter"])[:, -8:] for deter in after
+    ]  # of the slowest units: steps of 0.001, half of what bf16 tells apart
+    assert torch.cosine_similarity(a, b).min() > 0.99
+
+
 @pytest.mark.parametrize("last", [0, 3])
 def test_accumulated_parts_make_the_same_gradient(last):
     shared = {"dreamer__context": 0, "dreamer__optimiser": "adam", "dreamer__dream_last": last}

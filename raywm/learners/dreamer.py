@@ -96,7 +96,8 @@ class DreamerLearner:
         self.optimiser = Optimiser(modules, d["lr"], d["warmup"], d["agc"], d["optimiser"])
         self.percentiles = Percentiles(d["return_decay"], self.device)
         self.discount = 1 - 1 / d["discount_horizon"]
-        self.bf16 = d["precision"] == "bf16" or (d["precision"] == "auto" and has_fast_bf16(device))
+        weights = sum(p.numel() for p in self.model.parameters())
+        self.bf16 = d["precision"] == "bf16" or (d["precision"] == "auto" and has_fast_bf16(device, weights))
         self._fast_actor = (
             copy.deepcopy(self.actor).to(torch.bfloat16).requires_grad_(False) if self.bf16 else self.actor
         )
@@ -252,8 +253,6 @@ class DreamerLearner:
             return raw[-1].clamp(-1, 1) if acting.kind == "box" else raw[-1]
 
         dreamer: Any = self.model if through else self.model.dreamer("bf16" if self.bf16 else "fp32")
-        if self.bf16 and not through:  # all in bf16 as it is: casts at every layer would cost as much as the products
-            start = {k: v.to(torch.bfloat16) for k, v in start.items()}
         if self.model.onehots and not through and self.device.type == "cpu":
             dreamer = dreamer.compact()
             start = dreamer.begin(start)

@@ -218,14 +218,6 @@ def gated(deter: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
     return torch.lerp(deter, cand.to(deter.dtype), update.to(deter.dtype))
 
 
-def seen(deter: Tensor, scaling: tuple[Tensor, Tensor] | None) -> Tensor:
-    """deter (..., D) as features have it; see ``RSSM.scaling``."""
-    if scaling is None:
-        return deter
-    shift, scale = scaling
-    return torch.addcmul(shift, deter, scale).to(deter.dtype)
-
-
 class RSSM(WorldModel):
     """State leaves: "deter" (B, D) and "stoch" (B, S * K) one-hots, or (B, S) Gaussian. Features: both.
 
@@ -335,11 +327,14 @@ class RSSM(WorldModel):
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
     ) -> tuple[State, Tensor, Tensor | None]:
-        """A step of the dream; its outcomes follow from the features, of all steps at once."""
-        action = action.to(self.post_norm.weight.dtype)
-        deter = self.core(state["deter"], state["stoch"], self.core.from_action(action))
-        out = self.prior_out(self.prior(deter))
-        state = {"deter": deter, "stoch": self.latent.sample(out, noise["stoch"], temperature).to(deter.dtype)}
+        """A step of the dream; its outcomes follow from the features, of all steps at once.
+
+        deter keeps the type it has: in fp32 it sums small steps that bf16 would lose, whatever the layers are in."""
+        own = self.post_norm.weight.dtype
+        acted = self.core.from_action(action.to(own))
+        deter = self.core(state["deter"], state["stoch"].to(own), acted)
+        out = self.prior_out(self.prior(deter.to(own)))
+        state = {"deter": deter, "stoch": self.latent.sample(out, noise["stoch"], temperature).to(own)}
         return state, self.features(state), None
 
     def outcomes(self, features: Tensor, told: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -357,7 +352,15 @@ class RSSM(WorldModel):
         return {"deter": packed["deter"].float(), "stoch": self.latent.unpack(packed["stoch"])}
 
     def features(self, state: State) -> Tensor:
-        return torch.cat([seen(state["deter"], self.scaling()), state["stoch"]], -1)
+        deter = self._seen(state["deter"], self.scaling())
+        return torch.cat([deter, state["stoch"].to(deter.dtype)], -1)
+
+    def _seen(self, deter: Tensor, scaling: tuple[Tensor, Tensor] | None) -> Tensor:
+        """deter (..., D) as features have it, in the layers' type; see ``scaling``."""
+        if scaling is not None:
+            shift, scale = scaling
+            deter = torch.addcmul(shift, deter, scale)
+        return deter.to(self.post_norm.weight.dtype)
 
     def scaling(self) -> tuple[Tensor, Tensor] | None:
         """What is added to deter, and what it is multiplied by before, where features are standardised."""
@@ -504,16 +507,16 @@ class Compact:
         return {"deter": state["deter"], "stoch": self.model.latent.pack(state["stoch"]).long()}
 
     def features(self, state: State) -> Tensor:
-        deter = seen(state["deter"], self.scaling)
+        deter = self.model._seen(state["deter"], self.scaling)
         return torch.cat([deter, state["stoch"].to(deter.dtype)], -1)
 
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
     ) -> tuple[State, Tensor, Tensor | None]:
         model = self.model
-        acted = model.core.from_action(action.to(model.post_norm.weight.dtype))
-        deter = model.core(state["deter"], state["stoch"], acted)
-        stoch = model.latent.choose(model.prior_out(model.prior(deter)), noise["stoch"], temperature)
+        own = model.post_norm.weight.dtype
+        deter = model.core(state["deter"], state["stoch"], model.core.from_action(action.to(own)))
+        stoch = model.latent.choose(model.prior_out(model.prior(deter.to(own))), noise["stoch"], temperature)
         state = {"deter": deter, "stoch": stoch}
         return state, self.features(state), None
 

@@ -300,6 +300,11 @@ class DreamerConfig(Section):
     agc: NonNegative = Field(0.3, description="A tensor's gradient is at most this share of its norm; 0: unbounded.")
     accumulate: Count = Field(1, description="Parts that a batch is worked through in, for models that need memory.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of matrix products; auto: the fastest.")
+    compile: bool = Field(
+        False,
+        description="Compile the small calls between matrix products into few kernels, by torch.compile; it takes half "
+        "a minute, and is for GPUs.",
+    )
     cuda_graph: bool = Field(
         False, description="Record an update once and replay it as one CUDA graph; for one learner on a GPU."
     )
@@ -431,6 +436,7 @@ RESUMABLE = (
     "fit.labels.*",
     "dreamer.learners",
     "dreamer.threads",
+    "dreamer.compile",
     "dreamer.cuda_graph",
     "dreamer.labels.*",
     "online.steps",

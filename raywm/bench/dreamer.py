@@ -263,15 +263,17 @@ def run_gpu(seconds: float = 10.0, turns: int = 5, say: Say = lambda text: None)
         "known_s": {},
         "cases": {},
     }
+    compiled, graph = ["dreamer.compile=true"], ["dreamer.num_gpus=1", "dreamer.cuda_graph=true"]
+    ways = {"": [], " compiled": compiled, " graph": graph, " compiled graph": [*compiled, *graph]}
     for size in GPU_SIZES:
-        found: dict[str, Made] = {}
-        for precision in ("fp32", "bf16"):
+        for precision in ("fp32", "bf16"):  # one after the other: four learners at once fill a GPU enough
             plain = [f"rssm.size={size}", f"dreamer.precision={precision}"]
-            graph = [*plain, "dreamer.num_gpus=1", "dreamer.cuda_graph=true"]
-            found[f"raywm {size} {precision}"] = (raywm_works, ("image", plain, SHAPE, "cuda"))
-            found[f"raywm {size} {precision} graph"] = (raywm_works, ("image", graph, SHAPE, "cuda"))
-        matmul = (matmul_works, (GPU_SQUARE, "cuda"))
-        result["cases"][f"image, {size}"] = measure_case(found, matmul, seconds, turns, say, size)
+            found: dict[str, Made] = {
+                f"raywm {size} {precision}{way}": (raywm_works, ("image", [*plain, *more], SHAPE, "cuda"))
+                for way, more in ways.items()
+            }
+            matmul, case = (matmul_works, (GPU_SQUARE, "cuda")), f"{size} {precision}"
+            result["cases"][f"image, {case}"] = measure_case(found, matmul, seconds, turns, say, case)
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from raywm.models.fused import fusible
 from raywm.models.heads import Head, OneHots, draw, mixed_probs
 
 MIN_STD, MAX_STD = 0.1, 1.0
@@ -60,6 +61,7 @@ class Actor(nn.Module):
         mean, spread = out.chunk(2, -1)
         return mean.tanh(), (MAX_STD - MIN_STD) * torch.sigmoid(spread + 2) + MIN_STD
 
+    @fusible
     def sample(self, features: Tensor, noise: Tensor | None) -> Tensor:
         """An action (..., A) for noise (..., noise_dim); the most likely one without."""
         out = self.net(features)

@@ -23,6 +23,7 @@ from raywm.learners.graphs import Cuda, Graphs
 from raywm.learners.optim import Optimiser
 from raywm.models import build_model
 from raywm.models.base import Dreamer, Noise, State
+from raywm.models.fused import check_compiler, fusing
 from raywm.models.heads import Head, TwoHot
 from raywm.seeding import derive
 
@@ -104,6 +105,8 @@ class DreamerLearner:
         self.states: State = {}  # of the last batch without its context, leaves (B, T, *)
         # one a part of a batch, for each part draws the same noise, that of the whole
         self._rngs = [torch.Generator(self.device) for _ in range(d["accumulate"])]
+        if d["compile"]:
+            check_compiler(self.device)
         self._graphs: Graphs | None = None
         if d["cuda_graph"]:
             if self.device.type != "cuda" or ranks > 1:
@@ -126,11 +129,12 @@ class DreamerLearner:
         for rng in self._rngs:
             rng.manual_seed(stream)
         self.optimiser.count(self.updates + 1)
-        if self._graphs:
-            metrics, self.states = self._graphs(self._with_states(batch))
-            metrics = {name: value.clone() for name, value in metrics.items()}  # the next update writes over them
-        else:
-            metrics, self.states = self._update(batch)
+        with fusing(self.config["compile"]):
+            if self._graphs:
+                metrics, self.states = self._graphs(self._with_states(batch))
+                metrics = {name: value.clone() for name, value in metrics.items()}  # the next update writes over them
+            else:
+                metrics, self.states = self._update(batch)
         self.updates += 1
         return metrics
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from raywm.models.base import Fit, Noise, State, Step, WorldModel
 from raywm.models.codecs import Columns, Decoder, Encoder
+from raywm.models.fused import Activated, activated, fusible
 from raywm.models.heads import (
     Head,
     StraightThrough,
@@ -84,8 +85,7 @@ class Categorical:
 
     def sample(self, out: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """The network's outputs (..., S * K), uniform numbers (..., S) -> (..., S * K)"""
-        one_hot: Tensor = StraightThrough.apply(self._logits(out, temperature), noise, self.unimix, out.dtype)
-        return one_hot.flatten(-2)
+        return sampled(self._logits(out, temperature), noise, self.unimix, out.dtype)
 
     def choose(self, out: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
         """What ``sample`` gives as numbers of classes (..., S), without gradients."""
@@ -104,6 +104,13 @@ class Categorical:
 
     def entropy(self, p: Stats) -> Tensor:
         return -(p["probs"] * p["probs"].log()).sum((-2, -1))
+
+
+@fusible
+def sampled(logits: Tensor, noise: Tensor, unimix: float, dtype: torch.dtype) -> Tensor:
+    """Logits (..., S, K), uniform numbers (..., S) -> one-hots (..., S * K) in dtype, straight-through."""
+    one_hots: Tensor = StraightThrough.apply(logits, noise, unimix, dtype)
+    return one_hots.flatten(-2)
 
 
 class Gaussian:
@@ -158,7 +165,7 @@ class GRU(nn.Module):
         initialise(self)
 
     def forward(self, deter: Tensor, stoch: Tensor, acted: Tensor) -> Tensor:
-        x = F.silu(self.norm(self.from_stoch(stoch) + acted))
+        x = activated(self.norm, self.from_stoch(stoch), acted)
         return gated(deter, self.gates_norm(self.gates(torch.cat([x, deter.to(x.dtype)], -1))), self.update_bias)
 
 
@@ -178,8 +185,8 @@ class BlockGRU(nn.Module):
         bias = update_bias(deter // blocks, timescale)
         self.register_buffer("update_bias", bias.repeat(blocks if len(bias) > 1 else 1), persistent=False)
         self.action_in = norm_mlp([act_dim, hidden], raw=True)
-        self.stoch_in = nn.Sequential(ScanLinear(stoch, hidden), nn.LayerNorm(hidden), nn.SiLU())
-        self.deter_in = nn.Sequential(ScanLinear(deter, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.stoch_in = Activated(ScanLinear(stoch, hidden), nn.LayerNorm(hidden), nn.SiLU())
+        self.deter_in = Activated(ScanLinear(deter, hidden), nn.LayerNorm(hidden), nn.SiLU())
         self.dense = ScanLinear(3 * hidden, deter)
         self.block = ScanLinear(deter, deter, blocks)
         self.norm = nn.LayerNorm(deter)
@@ -193,7 +200,7 @@ class BlockGRU(nn.Module):
     def forward(self, deter: Tensor, stoch: Tensor, acted: Tensor) -> Tensor:
         was = deter.to(acted.dtype)
         inputs = torch.cat([self.deter_in(was), self.stoch_in(stoch), acted], -1)
-        x = F.silu(self.norm(self.dense(inputs) + self.block(was)))
+        x = activated(self.norm, self.dense(inputs), self.block(was))
         return gated(deter, self.gates(x), self.update_bias)
 
 
@@ -210,6 +217,7 @@ def update_bias(deter: int, timescale: float | None) -> Tensor:
     return torch.linspace(-1.0, -math.log(timescale - 1), deter)
 
 
+@fusible
 def gated(deter: Tensor, gates: Tensor, bias: Tensor) -> Tensor:
     """The GRU's update; a negative bias (D,) or (1,) on its update gate has it start by keeping."""
     reset, cand, update = gates.chunk(3, -1)
@@ -321,9 +329,10 @@ class RSSM(WorldModel):
         self, deter: Tensor, stoch: Tensor, keep: Tensor, acted: Tensor, told: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         deter = self.core(deter * keep, stoch * keep, acted)
-        out = self.post_out(F.silu(self.post_norm(self.post_deter(deter.to(told.dtype)) + told)))
+        out = self.post_out(activated(self.post_norm, self.post_deter(deter.to(told.dtype)), told))
         return deter, self.latent.sample(out, noise), out
 
+    @fusible
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
     ) -> tuple[State, Tensor, Tensor | None]:
@@ -510,6 +519,7 @@ class Compact:
         deter = self.model._seen(state["deter"], self.scaling)
         return torch.cat([deter, state["stoch"].to(deter.dtype)], -1)
 
+    @fusible
     def advance(
         self, state: State, action: Tensor, noise: Noise, temperature: float = 1.0
     ) -> tuple[State, Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -62,6 +63,8 @@ WORLDS = [
     ({"id": "Pendulum-v1"}, None),
     ({"id": "Acrobot-v1"}, None),
     ({"id": "MountainCarContinuous-v0"}, None),
+    ({"id": "Taxi-v3"}, None),
+    ({"id": "Blackjack-v1"}, None),
     ({"id": "raywm/Memory-v0"}, None),
     ({"id": "raywm/CartPolePixels-v0"}, None),
     ({"id": "raywm/Grid-v0"}, None),
@@ -114,6 +117,60 @@ def test_observations_are_columns_of_the_announced_spaces(cfg, needs):
 
 
 # make_env
+
+
+class Mixed(gym.Env):
+    """Observes what spaces there are beside Box and image."""
+
+    action_space = gym.spaces.Discrete(2)
+    observation_space = gym.spaces.Dict(
+        {
+            "view": gym.spaces.Box(0, 255, (8, 8, 3), np.uint8),
+            "bytes": gym.spaces.Box(0, 255, (3,), np.uint8),
+            "choice": gym.spaces.Discrete(3, start=5),
+            "choices": gym.spaces.MultiDiscrete([2, 3]),
+            "coins": gym.spaces.MultiBinary(2),
+            "both": gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Box(-1, 1, (2,), np.float64))),
+        }
+    )
+    now: ClassVar = {
+        "view": np.full((8, 8, 3), 7, np.uint8),
+        "bytes": np.array([0, 128, 255], np.uint8),
+        "choice": 6,
+        "choices": np.array([1, 2]),
+        "coins": np.array([1, 0], np.int8),
+        "both": (1, np.array([0.5, -0.5])),
+    }
+
+    def reset(self, seed=None, options=None):
+        return self.now, {}
+
+    def step(self, action):
+        return self.now, 0.0, False, False, {}
+
+
+def test_whatever_is_numbers_is_a_vector():
+    env = make_env({"id": "test_envs:Mixed"})
+    vectors = {
+        "bytes": [0, 128, 255],
+        "choice": [0, 1, 0],
+        "choices": [0, 1, 0, 0, 1],
+        "coins": [1, 0],
+        "both": [0, 1, 0.5, -0.5],
+    }
+    for obs in (env.reset()[0], env.step(0)[0]):
+        assert env.observation_space.contains(obs)
+        assert obs["view"].shape == (8, 8, 3) and obs["view"].dtype == np.uint8 and (obs["view"] == 7).all()
+        for name, vector in vectors.items():
+            assert obs[name].dtype == np.float32 and obs[name].tolist() == vector
+
+
+@pytest.mark.parametrize("id,n", [("FrozenLake-v1", 16), ("Taxi-v3", 500)])
+def test_a_choice_is_a_one_hot(id, n):
+    env = make_env({"id": id})
+    obs, _ = env.reset(seed=0)
+    assert list(obs) == ["vector"] and obs["vector"].shape == (n,)
+    assert obs["vector"][env.unwrapped.s] == 1 and obs["vector"].sum() == 1
 
 
 def test_config_may_be_an_object_or_a_dict():

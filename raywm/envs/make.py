@@ -48,7 +48,8 @@ DEFAULTS: dict[str, Any] = {
 
 
 def make_env(env: Any, render: bool = False) -> Columns:
-    """An environment whose observations are a dict of columns (see ``raywm.spaces.obs_columns``).
+    """An environment whose observations are a dict of columns (see ``raywm.spaces.obs_columns``); choices, coins, whole
+    numbers and tuples of them come as vectors (see ``Vectors``).
 
     `env` is an EnvConfig or a dict with its keys:
 
@@ -79,6 +80,8 @@ def make_env(env: Any, render: bool = False) -> Columns:
         made = Doom(made)
     if cfg["action_repeat"] > 1:
         made = ActionRepeat(made, cfg["action_repeat"])
+    if any(map(_is_numbers, _parts(made.observation_space).values())):
+        made = Vectors(made)
     return Columns(made, cfg["crop"], cfg["resize"], cfg["grayscale"])
 
 
@@ -282,6 +285,44 @@ class Columns(gym.ObservationWrapper):
             image = ((image.astype(np.uint32) @ np.array([299, 587, 114], np.uint32) + 500) // 1000)[..., None]
             image = image.astype(np.uint8)
         return image
+
+
+def _parts(space: gym.Space) -> dict[Any, gym.Space]:
+    return dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {None: space}
+
+
+def _is_numbers(space: gym.Space) -> bool:
+    """Whether a space is no column as it is, and a vector once it is flattened."""
+    if isinstance(space, gym.spaces.Box):
+        image = space.dtype == np.uint8 and len(space.shape) in (2, 3)
+        return np.dtype(space.dtype).kind in "iub" and not image
+    if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
+        parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces
+        return all(_is_numbers(part) or np.dtype(part.dtype).kind == "f" for part in parts)
+    return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
+
+
+class Vectors(gym.ObservationWrapper):
+    """Choices, coins, whole numbers and tuples of such as float32 vectors, by ``gymnasium.spaces.flatten``: a choice of
+    n is a one-hot of n."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        parts = _parts(env.observation_space)
+        self._flat = {name: space for name, space in parts.items() if _is_numbers(space)}
+        for name, space in self._flat.items():
+            flat = gym.spaces.flatten_space(space)
+            assert isinstance(flat, gym.spaces.Box)
+            parts[name] = gym.spaces.Box(flat.low.astype(np.float32), flat.high.astype(np.float32), dtype=np.float32)
+        self.observation_space = parts[None] if None in parts else gym.spaces.Dict(parts)
+
+    def observation(self, observation: Any) -> Any:
+        if None in self._flat:
+            return self._vector(None, observation)
+        return {k: self._vector(k, v) if k in self._flat else v for k, v in observation.items()}
+
+    def _vector(self, name: str | None, value: Any) -> np.ndarray:
+        return np.asarray(gym.spaces.flatten(self._flat[name], value), np.float32)
 
 
 class ActionRepeat(gym.Wrapper):

@@ -124,8 +124,10 @@ def _input(format: str, field: Field, env: Any, several: bool, real: bool) -> st
     elif not real:
         value = f"rng.integers(0, 256, {shape}, np.uint8)" if field.dtype == "uint8" else DRAWS["normal"].format(shape)
     else:
-        seen = f"seen[{_text(key)}]" if several else "seen"
-        seen = f"image({seen})" if _processed(env, field) else seen
+        at = f"[{_text(key)}]" if several else ""
+        seen = f"image(seen{at})" if _processed(env, field) else f"seen{at}"
+        if field.dtype != "uint8":  # choices are one-hots, as raywm.envs.make.Vectors has them
+            seen = f"gym.spaces.flatten(env.observation_space{at}, {seen})"
         value = f"np.array({seen}, np.{field.dtype}).reshape{shape}"  # a copy: torch takes no flipped view
     if format == "onnx":
         return f"inputs[{_text(field.name)}] = {value}"

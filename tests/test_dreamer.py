@@ -16,7 +16,9 @@ from raywm.agent import Agent
 from raywm.data.batch import Batch, blank
 from raywm.data.episode import Episode
 from raywm.data.replay import Replay
+from raywm.dream import dream
 from raywm.envs.classic import MemoryEnv
+from raywm.fit import FEW, has_fast_bf16
 from raywm.learners.actor import Actor
 from raywm.learners.dreamer import DreamerLearner, Percentiles, lambda_return, rows, split
 from raywm.learners.dreamer_agent import DreamerAgent
@@ -579,6 +581,34 @@ def test_bf16_dreams_keep_what_slow_units_sum_up(compact):
         (deter - start["deter"])[:, -8:] for deter in after
     ]  # of the slowest units: steps of 0.001, half of what bf16 tells apart
     assert torch.cosine_similarity(a, b).min() > 0.99
+
+
+def test_a_bf16_learner_s_dreams_keep_it_too(monkeypatch):
+    seen = []
+
+    def spy(model, policy, start, *args, **kwargs):
+        seen.append(start["deter"].dtype)
+        return dream(model, policy, start, *args, **kwargs)
+
+    monkeypatch.setattr("raywm.learners.dreamer.dream", spy)
+    learner, batch = make(dreamer__precision="bf16")
+    learner.update(batch)
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("has", "weights", "fast"),
+    [
+        ((), 10**7, False),
+        (("avx512_bf16",), FEW - 1, False),
+        (("avx512_bf16",), FEW, True),
+        (("avx512_bf16", "amx_tile"), 1, True),
+    ],
+)
+def test_bf16_is_for_machines_and_models_that_gain_by_it(has, weights, fast, monkeypatch):
+    for what in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{what}_supported", lambda what=what: what in has, raising=False)
+    assert has_fast_bf16("cpu", weights) == fast
 
 
 @pytest.mark.parametrize("last", [0, 3])

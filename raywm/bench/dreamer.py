@@ -110,8 +110,10 @@ def raywm_works(what: str, overrides: Sequence[str], shape: tuple[int, int], dev
     torch.set_num_threads(cores())
     keep_memory()  # as a run's learners do
     learner, batch = made(what, overrides, shape, device)
-    with Products() as products:
+    compiled, learner.config["compile"] = learner.config["compile"], False
+    with Products() as products:  # which sees no compiled calls
         losses = [float(learner.update(batch)["model_loss"])]
+    learner.config["compile"] = compiled
     losses.append(float(learner.update(batch)["model_loss"]))
     learner.update(batch)  # which records it, where the next ones replay it
     facts = {

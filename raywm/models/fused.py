@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-SHAPES = 64  # that a function may be compiled for: rows of the scan, the context and the dream by widths and types
+SHAPES = 64  # and types that one function may be compiled for, in place of torch's 8: the scan's, the dream's, ...
 _fusing: ContextVar[bool] = ContextVar("fusing", default=False)
 
 
 @contextlib.contextmanager
 def fusing(on: bool = True) -> Iterator[None]:
-    """Within, and in what runs backward from there, ``fusible`` functions are compiled ones."""
+    """Within, ``fusible`` functions are compiled ones, and so are their gradients."""
     before = _fusing.set(on)
     try:
-        yield
+        with torch._dynamo.config.patch(cache_size_limit=SHAPES) if on else contextlib.nullcontext():
+            yield
     finally:
         _fusing.reset(before)
 
@@ -38,7 +39,6 @@ def fusible(function: Function) -> Function:
 
     @functools.cache
     def compiled() -> Callable[..., Any]:  # not before it is asked for: the compiler takes seconds to import
-        torch._dynamo.config.cache_size_limit = SHAPES
         return torch.compile(function, fullgraph=True, dynamic=False)
 
     return call  # type: ignore[return-value]
@@ -49,9 +49,10 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.zeros(2, device=device))
     except Exception as error:  # whatever its toolchain raises: no g++, no triton, no Python headers
-        first = str(error).strip().splitlines()[0]
+        lines = [line.strip() for line in str(error).splitlines()]
+        what = next((line for line in lines if line and not line.endswith("raised:")), type(error).__name__)
         raise ValueError(
-            f"dreamer.compile: got true, but torch.compile cannot compile for {device} here ({first}); expected false, "
+            f"dreamer.compile: got true, but torch.compile cannot compile for {device} here ({what}); expected false, "
             "or a C++ compiler for CPUs and triton for GPUs"
         ) from error
 
@@ -68,7 +69,7 @@ def activated(norm: nn.LayerNorm, x: Tensor, also: Tensor | None = None) -> Tens
 
 
 class Activated(nn.Sequential):
-    """A linear layer, a LayerNorm, a SiLU: the last two as one piece."""
+    """A linear layer and a LayerNorm, and ``activated`` by it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return activated(self[1], self[0](x))  # type: ignore[arg-type]

@@ -295,8 +295,10 @@ class DreamerConfig(Section):
     return_decay: Fraction = Field(0.99, description="Of the percentiles that returns are normalised by.")
     actor_layers: Count = Field(3, description="Hidden layers of actor and critic.")
     optimiser: Literal["laprop", "adam"] = Field("laprop", description="With adaptive gradient clipping.")
-    lr: Positive = Field(4e-5, description="Learning rate of everything.")
-    warmup: Natural = Field(1000, description="Updates over which the learning rate rises to its value.")
+    lr: Positive = Field(4e-5, description="Learning rate of everything; with rssm.size=nano by default 1e-3.")
+    warmup: Natural = Field(
+        1000, description="Updates over which the learning rate rises to its value; with rssm.size=nano by default 100."
+    )
     agc: NonNegative = Field(0.3, description="A tensor's gradient is at most this share of its norm; 0: unbounded.")
     accumulate: Count = Field(1, description="Parts that a batch is worked through in, for models that need memory.")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Of matrix products; auto: the fastest.")
@@ -377,6 +379,16 @@ class RunConfig(Section):
         # "model:" with nothing below it is None in YAML and means the defaults
         if isinstance(data, dict):
             return {k: {} if v is None and k in SECTIONS else v for k, v in data.items()}
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _small_model(cls, data: Any) -> Any:
+        # which takes larger steps than the paper's
+        if isinstance(data, dict) and data.get("algorithm") == "dreamer":
+            rssm, dreamer = data.get("rssm") or {}, data.get("dreamer") or {}
+            if isinstance(rssm, dict) and isinstance(dreamer, dict) and rssm.get("size", "nano") == "nano":
+                return {**data, "dreamer": {"lr": 1e-3, "warmup": 100, **dreamer}}
         return data
 
     @model_validator(mode="after")

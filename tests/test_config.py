@@ -157,3 +157,18 @@ def test_a_resume_may_not_change_what_is_computed(override):
 def test_configs_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load().seed = 3
+
+
+@pytest.mark.parametrize(
+    ("more", "lr", "warmup"),
+    [
+        ({}, 1e-3, 100),
+        ({"rssm": None, "dreamer": None}, 1e-3, 100),
+        ({"rssm": {"size": "nano", "deter": 64}, "dreamer": {"warmup": 5}}, 1e-3, 5),
+        ({"dreamer": {"lr": 4e-5}}, 4e-5, 100),
+        ({"rssm": {"size": "1M"}}, 4e-5, 1000),
+    ],
+)
+def test_small_dreamers_take_larger_steps_unless_told(more, lr, warmup):
+    config = configs.parse({"algorithm": "dreamer", "env": {"id": "CartPole-v1"}, **more})
+    assert (config.dreamer.lr, config.dreamer.warmup) == (lr, warmup)

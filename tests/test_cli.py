@@ -282,6 +282,8 @@ def test_the_real_command_stops_at_a_signal(tmp_path, sent):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # a shell's background jobs ignore SIGINT, and so would this child
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         while (line := process.stdout.readline()).strip() != "training":

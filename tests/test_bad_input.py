@@ -55,6 +55,14 @@ class TupleObs(Env):
     observation_space = gym.spaces.Tuple((gym.spaces.Text(2),))
 
 
+class SequenceObs(Env):
+    observation_space = gym.spaces.Tuple((gym.spaces.Discrete(2), gym.spaces.Sequence(gym.spaces.Discrete(2))))
+
+
+class NoObs(Env):
+    observation_space = gym.spaces.Tuple(())
+
+
 class NoSpaces(gym.Env):
     pass
 
@@ -95,6 +103,8 @@ def copy(run, tmp_path):
         ("test_bad_input:NoLicence", "cannot be made with kwargs {}: RuntimeError: no licence file"),
         ("test_bad_input:NoSpaces", "has no observation_space"),
         ("test_bad_input:TupleObs", "is not supported, expected a float Box"),
+        ("test_bad_input:SequenceObs", "is not supported, expected a float Box"),
+        ("test_bad_input:NoObs", "is not supported, expected a float Box"),
     ],
 )
 def test_environments_that_cannot_be_had(tmp_path, monkeypatch, id, said):

@@ -18,7 +18,7 @@ from raywm.data.episode import Episode
 from raywm.data.replay import Replay
 from raywm.dream import dream
 from raywm.envs.classic import MemoryEnv
-from raywm.fit import FEW, has_fast_bf16
+from raywm.fit import BF16_WEIGHTS, has_fast_bf16
 from raywm.learners.actor import Actor
 from raywm.learners.dreamer import DreamerLearner, Percentiles, lambda_return, rows, split
 from raywm.learners.dreamer_agent import DreamerAgent
@@ -600,8 +600,8 @@ def test_a_bf16_learner_s_dreams_keep_it_too(monkeypatch):
     ("has", "weights", "fast"),
     [
         ((), 10**7, False),
-        (("avx512_bf16",), FEW - 1, False),
-        (("avx512_bf16",), FEW, True),
+        (("avx512_bf16",), BF16_WEIGHTS - 1, False),
+        (("avx512_bf16",), BF16_WEIGHTS, True),
         (("avx512_bf16", "amx_tile"), 1, True),
     ],
 )

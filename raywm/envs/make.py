@@ -297,9 +297,13 @@ def _is_numbers(space: gym.Space) -> bool:
         image = space.dtype == np.uint8 and len(space.shape) in (2, 3)
         return np.dtype(space.dtype).kind in "iub" and not image
     if isinstance(space, (gym.spaces.Tuple, gym.spaces.Dict)):
-        parts = space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces
-        return all(_is_numbers(part) or np.dtype(part.dtype).kind == "f" for part in parts)
+        parts = list(space.spaces.values() if isinstance(space, gym.spaces.Dict) else space.spaces)
+        return bool(parts) and all(_is_numbers(part) or _is_floats(part) for part in parts)
     return isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete, gym.spaces.MultiBinary))
+
+
+def _is_floats(space: gym.Space) -> bool:
+    return isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
 
 
 class Vectors(gym.ObservationWrapper):
